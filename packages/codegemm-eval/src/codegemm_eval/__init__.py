@@ -1,0 +1,1 @@
+"""codegemm_eval."""

@@ -1,0 +1,53 @@
+// The whole C++ API of codegemm: plain structs and raw pointers. No torch, no Python.
+//
+// One layout, the stored one, serves every kernel (see docs/format.md): codes[i][w][n] is a 32-bit word with the
+// codes of vectors 4w .. 4w+3 of row n in codebook i, least significant byte first; codebooks[i][e][t]; scales[γ][n].
+#pragma once
+#include <cstdint>
+
+namespace codegemm {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A quantised matrix W [N, K]; codebooks and scales have the same dtype as the activations.
+struct Weight {
+  const uint32_t* codes;    // [m, K/(4v), N]
+  const void* codebooks;    // [m, 256, v]
+  const void* scales;       // [G, N]
+  int num_codebooks;        // m, 1 .. 4
+  int vector_length;        // v, 4, 8 or 16
+  int64_t num_groups;       // G = K/g
+  int64_t out_features;     // N
+  int64_t in_features;      // K, a multiple of 4v and of G·v
+  DType dtype;
+};
+
+// y[M, N] = x[M, K] Wᵀ + bias; sums in fp32. Rows of x start x_row_stride elements apart, rows of y are contiguous.
+struct Gemm {
+  Weight weight;
+  const void* x;
+  int64_t x_row_stride;
+  const void* bias;  // [N] or null
+  void* y;
+  int64_t rows;  // M
+};
+
+// W[N, K] in weight.dtype.
+struct Dequantize {
+  Weight weight;
+  void* y;
+};
+
+namespace cpu {
+void gemm(const Gemm& call, int threads);
+void dequantize(const Dequantize& call, int threads);
+}  // namespace cpu
+
+namespace cuda {
+// All launches go to `stream` of `device`; the caller's current device is left as it was. They return null, or a
+// description of the failure that stays valid for the life of the program.
+const char* gemm(const Gemm& call, int device, void* stream);
+const char* dequantize(const Dequantize& call, int device, void* stream);
+}  // namespace cuda
+
+}  // namespace codegemm

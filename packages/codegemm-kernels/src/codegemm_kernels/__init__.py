@@ -1,0 +1,16 @@
+"""The floor of CodeGEMM: the stored format, the reference arithmetic, the compiled kernels and their torch ops."""
+
+from codegemm_kernels.checkpoint import CheckpointMetadata
+from codegemm_kernels.errors import BadInput, CheckpointError, NumericalError
+from codegemm_kernels.layout import pack_codes, unpack_codes
+from codegemm_kernels.scheme import CodebookScheme
+
+__all__ = [
+    "BadInput",
+    "CheckpointError",
+    "CheckpointMetadata",
+    "CodebookScheme",
+    "NumericalError",
+    "pack_codes",
+    "unpack_codes",
+]

@@ -1,0 +1,51 @@
+"""The arithmetic in plain torch: the definition, the fallback on any device, and the oracle of every kernel test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codegemm_kernels.layout import unpack_codes
+
+
+def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """Rebuild the weight [N, K], in the dtype of `codebooks`, with the sum and the scaling in at least fp32.
+
+    codes int32 [m, K/(4v), N], codebooks float [m, 256, v], scales float [G, N] (CodeGEMM, NeurIPS 2025, section 3).
+    """
+    exact = torch.promote_types(codebooks.dtype, torch.float32)
+    indices = unpack_codes(codes).long()
+    rows, vectors, num_codebooks = indices.shape
+    vector_length, num_groups = codebooks.shape[2], scales.shape[0]
+    weight = torch.zeros(rows, vectors, vector_length, dtype=exact, device=codes.device)
+    for i in range(num_codebooks):
+        weight += codebooks[i].to(exact)[indices[:, :, i]]
+    grouped = weight.reshape(rows, num_groups, -1) * scales.to(exact).t().unsqueeze(-1)
+    return grouped.reshape(rows, vectors * vector_length).to(codebooks.dtype)
+
+
+def gemm(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ dequantize(...).T + bias` for x [..., K], in x's dtype, accumulated in at least fp32."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    weight = dequantize(codes, codebooks.to(exact), scales.to(exact))
+    y = x.to(exact) @ weight.t()
+    if bias is not None:
+        y = y + bias.to(exact)
+    return y.to(x.dtype)
+
+
+def gemm_error(
+    y: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> float:
+    """Largest |y - exact| / (sum |w||x| + |bias|) over all outputs, with `exact` computed in float64.
+
+    This is the error every kernel bound is stated in: it does not blow up where an output happens to cancel.
+    """
+    wide = [t.double() for t in (x, codebooks, scales)]
+    weight = dequantize(codes, wide[1], wide[2])
+    exact = wide[0] @ weight.t()
+    size = wide[0].abs() @ weight.abs().t()
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    error = (y.double() - exact).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
+    return float(error.max()) if error.numel() else 0.0
