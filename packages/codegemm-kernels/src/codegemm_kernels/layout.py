@@ -24,7 +24,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     rows, vectors, num_codebooks = codes.shape
     if vectors % CODES_PER_WORD:
         raise BadInput(f"{vectors} vectors a row cannot be packed: the number must be a multiple of {CODES_PER_WORD}")
-    if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < CODEBOOK_ENTRIES):
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < CODEBOOK_ENTRIES):
         raise BadInput(f"codes must lie in 0..{CODEBOOK_ENTRIES - 1}: these need more than 8 bits")
     quads = codes.to(torch.uint8).reshape(rows, vectors // CODES_PER_WORD, CODES_PER_WORD, num_codebooks)
     return quads.permute(3, 1, 0, 2).contiguous().view(torch.int32).squeeze(-1)
