@@ -102,7 +102,7 @@ class CheckpointMetadata:
             raise CheckpointError(f"the codegemm block of config.json lacks or garbles {error}") from error
         if bits != CODEBOOK_BITS:
             raise CheckpointError(
-                f"config.json declares {bits}-bit codes; only {CODEBOOK_BITS}-bit codes are supported"
+                f"config.json declares {bits}-bit codes, but only {CODEBOOK_BITS}-bit ones are read"
             )
         return cls(CodebookScheme(*scheme))
 
@@ -112,7 +112,7 @@ class CheckpointMetadata:
         version = block.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"config.json has format_version {version}; this release reads {FORMAT_VERSION}: upgrade codegemm-kernels"
+                f"config.json has format_version {version}, this release reads {FORMAT_VERSION}: upgrade it"
             )
         try:
             return cls(
@@ -128,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises CheckpointError when there is none or it is no JSON object."""
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not a folder: give a checkpoint folder with config.json and safetensors files"
+            f"{folder} is no folder: give a checkpoint folder with config.json and safetensors files"
         )
     path = folder / "config.json"
     try:
