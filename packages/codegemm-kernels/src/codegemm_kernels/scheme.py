@@ -66,7 +66,7 @@ class CodebookScheme:
         if in_features % word:
             raise BadInput(
                 f"{name} has {in_features} input features, which {self} cannot store: they must be a multiple of "
-                f"{word} (four codes of {self.vector_length} weights a word); choose a shorter vector or skip this layer"
+                f"{word} (four codes of {self.vector_length} weights a word); choose a shorter vector or skip it"
             )
         if self.group_size != -1 and in_features % self.group_size:
             raise BadInput(

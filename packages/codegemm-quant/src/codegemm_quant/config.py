@@ -1,0 +1,60 @@
+"""What a user can set when quantising a model; the command line is generated from this."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from codegemm_kernels import BadInput, CodebookScheme
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Compress a language model to codebook indices, calibrated on text."""
+
+    model: str
+    """Folder or hub name of a dense transformers model."""
+    data: str
+    """Calibration text: a .txt, .jsonl or .parquet file, or wikitext2, c4, slimpajama."""
+    out: str
+    """Folder to write the checkpoint to; must not exist."""
+    scheme: str = "m2v8g128"
+    """Codebooks, vector length and scale group size, such as m1v4g128 or m2v8g-1."""
+    samples: int = 256
+    """Number of calibration windows."""
+    sequence_length: int = 1024
+    """Tokens in a calibration window."""
+    device: str | None = None
+    """cpu, cuda or cuda:1; default: the first GPU, or else the CPU."""
+    seed: int = 0
+    """Seed of every random choice."""
+    resume: bool = False
+    """Continue an interrupted run with the same settings."""
+    skip: tuple[str, ...] = ()
+    """Linear layers to leave dense: patterns of module names, such as '*.down_proj'."""
+    rounds: int = 4
+    """Alternations of least squares and code sweeps for each matrix."""
+    damping: float = 0.01
+    """Share of the mean diagonal of H added to its diagonal."""
+    tune_epochs: int = 4
+    """Passes over the calibration windows that tune each block's codebooks, scales and norms; 0 to leave out."""
+    tune_samples: int = 256
+    """At most so many calibration windows are used for tuning."""
+    tune_learning_rate: float = 2e-3
+    """Largest step of the block tuning, relative to the size of each parameter."""
+
+    def __post_init__(self) -> None:
+        CodebookScheme.parse(self.scheme)
+        for name, low in (("samples", 1), ("sequence_length", 2), ("rounds", 0), ("tune_epochs", 0)):
+            if getattr(self, name) < low:
+                raise BadInput(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not self.damping >= 0 or not self.tune_learning_rate > 0:
+            raise BadInput("damping must not be negative and tune_learning_rate must be positive")
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the result: what a resumed run must have in common with the interrupted one."""
+        chosen = asdict(self)
+        for name in ("out", "resume", "device"):
+            del chosen[name]
+        chosen["skip"] = list(self.skip)
+        return chosen

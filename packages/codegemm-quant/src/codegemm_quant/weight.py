@@ -1,0 +1,80 @@
+"""One matrix while its codes, codebooks and scales are being fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codegemm_kernels import CodebookScheme, pack_codes
+
+
+@dataclass
+class CodebookWeight:
+    """codes int64 [N, J, m], codebooks fp32 [m, 256, v], scales fp32 [N, G] of a matrix [N, K]; K = J*v.
+
+    Scales stand beside rows here (the transpose of the stored layout) because fitting walks over rows.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+    @property
+    def scheme(self) -> CodebookScheme:
+        """The scheme these tensors are in."""
+        (_, vectors, m), v, groups = self.codes.shape, self.codebooks.shape[2], self.scales.shape[1]
+        return CodebookScheme(m, v, -1 if groups == 1 else vectors * v // groups)
+
+    def vector_scales(self) -> Tensor:
+        """The scale of every vector, [N, J]."""
+        return self.scales.repeat_interleave(self.codes.shape[1] // self.scales.shape[1], dim=1)
+
+    def unscaled(self) -> Tensor:
+        """The sum of the chosen codebook entries, [N, K]."""
+        return expand_codebooks(self.codes, self.codebooks)
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K]; differentiable in codebooks and scales."""
+        rows, groups = self.scales.shape
+        return (self.unscaled().view(rows, groups, -1) * self.scales.unsqueeze(-1)).view(rows, -1)
+
+    def clone(self) -> CodebookWeight:
+        """A copy that shares nothing."""
+        return CodebookWeight(self.codes.clone(), self.codebooks.clone(), self.scales.clone())
+
+    def rounded(self, dtype: torch.dtype) -> CodebookWeight:
+        """The same codes with codebooks and scales as they will be stored."""
+        return CodebookWeight(self.codes, self.codebooks.to(dtype).float(), self.scales.to(dtype).float())
+
+    def packed(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The stored tensors `codes`, `codebooks` and `scales`, on the CPU."""
+        return {
+            "codes": pack_codes(self.codes).cpu().contiguous(),
+            "codebooks": self.codebooks.detach().to(dtype).cpu().contiguous(),
+            "scales": self.scales.detach().t().to(dtype).cpu().contiguous(),
+        }
+
+
+def expand_codebooks(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Sum over codebooks of the chosen entries: codes [N, J, m], codebooks [m, C, v] -> [N, J*v]."""
+    rows, vectors, num_codebooks = codes.shape
+    total = torch.nn.functional.embedding(codes[:, :, 0], codebooks[0])
+    for i in range(1, num_codebooks):
+        total = total + torch.nn.functional.embedding(codes[:, :, i], codebooks[i])
+    return total.reshape(rows, -1)
+
+
+def collect_codebooks(codes: Tensor, values: Tensor, entries: int) -> Tensor:
+    """The adjoint of `expand_codebooks`: sums of values [N, J*v] over the vectors that use each entry, [m, C, v].
+
+    Sums are made in a fixed order (an embedding's backward sorts), so that a run repeats to the bit.
+    """
+    rows, vectors, num_codebooks = codes.shape
+    flat = values.reshape(rows * vectors, -1)
+    sums = [
+        torch.ops.aten.embedding_dense_backward(flat, codes[:, :, i].reshape(-1), entries, -1, False)
+        for i in range(num_codebooks)
+    ]
+    return torch.stack(sums)
