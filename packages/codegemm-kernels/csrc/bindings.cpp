@@ -1,0 +1,98 @@
+// The Python module `_C`: integers in, structs of codegemm.h out. Every check is done by ops.py, its only caller.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "codegemm.h"
+#include "cpu/features.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+codegemm::Weight weight(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
+                        int64_t num_groups, int64_t out_features, int64_t in_features, int dtype) {
+  return {reinterpret_cast<const uint32_t*>(codes), reinterpret_cast<const void*>(codebooks),
+          reinterpret_cast<const void*>(scales),    num_codebooks,
+          vector_length,                            num_groups,
+          out_features,                             in_features,
+          static_cast<codegemm::DType>(dtype)};
+}
+
+codegemm::Gemm gemm_call(const codegemm::Weight& weight, Address x, int64_t x_row_stride, Address bias, Address y,
+                         int64_t rows) {
+  return {weight, reinterpret_cast<const void*>(x), x_row_stride, reinterpret_cast<const void*>(bias),
+          reinterpret_cast<void*>(y), rows};
+}
+
+void gemm_cpu(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
+              int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address x,
+              int64_t x_row_stride, Address bias, Address y, int64_t rows, int threads) {
+  codegemm::cpu::gemm(gemm_call(weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups,
+                                       out_features, in_features, dtype),
+                                x, x_row_stride, bias, y, rows),
+                      threads);
+}
+
+void dequantize_cpu(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
+                    int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y,
+                    int threads) {
+  codegemm::cpu::dequantize({weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features,
+                                    in_features, dtype),
+                             reinterpret_cast<void*>(y)},
+                            threads);
+}
+
+#ifdef CODEGEMM_WITH_CUDA
+void check(const char* failure) {
+  if (failure != nullptr) throw std::runtime_error(failure);
+}
+
+void gemm_cuda(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
+               int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address x,
+               int64_t x_row_stride, Address bias, Address y, int64_t rows, int device, Address stream) {
+  check(codegemm::cuda::gemm(gemm_call(weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups,
+                                              out_features, in_features, dtype),
+                                       x, x_row_stride, bias, y, rows),
+                             device, reinterpret_cast<void*>(stream)));
+}
+
+void dequantize_cuda(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
+                     int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y, int device,
+                     Address stream) {
+  check(codegemm::cuda::dequantize({weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups,
+                                           out_features, in_features, dtype),
+                                    reinterpret_cast<void*>(y)},
+                                   device, reinterpret_cast<void*>(stream)));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using py::arg;
+  m.doc() = "Compiled kernels on raw addresses; called by codegemm_kernels.ops after full checks.";
+  m.def("gemm_cpu", gemm_cpu, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
+        arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
+        arg("dtype"), arg("x"), arg("x_row_stride"), arg("bias"), arg("y"), arg("rows"), arg("threads"));
+  m.def("dequantize_cpu", dequantize_cpu, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
+        arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
+        arg("dtype"), arg("y"), arg("threads"));
+  m.def("cpu_features", &codegemm::cpu::features, "The instruction sets whose kernels this processor can run.");
+#ifdef CODEGEMM_WITH_CUDA
+  m.def("gemm_cuda", gemm_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
+        arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
+        arg("dtype"), arg("x"), arg("x_row_stride"), arg("bias"), arg("y"), arg("rows"), arg("device"),
+        arg("stream"));
+  m.def("dequantize_cuda", dequantize_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
+        arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
+        arg("dtype"), arg("y"), arg("device"), arg("stream"));
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

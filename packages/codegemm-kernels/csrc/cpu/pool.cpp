@@ -1,0 +1,119 @@
+#include "cpu/pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace codegemm::cpu {
+namespace {
+
+// A decode step calls a kernel every few hundred microseconds and waking a sleeping thread takes about 50, so a worker
+// looks for work for a while before it sleeps. The limit keeps an idle process off the cores.
+constexpr int kSpins = 2000;
+constexpr int64_t kMaxThreads = 256;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  void run(int64_t count, int workers, const std::function<void(int64_t)>& task) {
+    while (static_cast<int>(threads_.size()) < workers) {
+      const int index = static_cast<int>(threads_.size());
+      threads_.emplace_back([this, index] { work(index); });
+      threads_.back().detach();  // they live as long as the process and own nothing but the pool, which is never freed
+    }
+    task_ = &task;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(workers, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      run_.store(((run_.load(std::memory_order_relaxed) >> 16) + 1) << 16 | uint64_t(workers));
+    }
+    wake_.notify_all();
+    drain();
+    for (int spin = 0; running_.load(std::memory_order_acquire) != 0; ++spin) {
+      if (spin < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  std::mutex busy;  // held by the caller for one run
+
+ private:
+  void drain() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
+  }
+
+  void work(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins && run_.load() == seen; ++spin) pause();
+      if (run_.load() == seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return run_.load() != seen; });
+      }
+      seen = run_.load();
+      if (index >= static_cast<int>(seen & 0xffffu)) continue;
+      drain();
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  // Number of the run and, in the low 16 bits, its workers: read together, so that a thread that takes no part in a run
+  // cannot mistake it for the next.
+  std::atomic<uint64_t> run_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> running_{0};
+  const std::function<void(int64_t)>* task_ = nullptr;
+  int64_t count_ = 0;
+};
+
+std::atomic<Pool*> process_pool{nullptr};
+
+// A forked child has none of its parent's threads, so it starts with a pool of its own; the parent's is left alone.
+Pool& pool() {
+  static const bool ready = [] {
+    process_pool.store(new Pool);
+    pthread_atfork(nullptr, nullptr, [] { process_pool.store(new Pool); });
+    return true;
+  }();
+  static_cast<void>(ready);
+  return *process_pool.load();
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  const int workers = static_cast<int>(std::min<int64_t>({threads, count, kMaxThreads})) - 1;
+  if (workers > 0) {
+    Pool& shared = pool();
+    std::unique_lock<std::mutex> turn(shared.busy, std::try_to_lock);
+    if (turn.owns_lock()) return shared.run(count, workers, task);
+  }
+  // One thread asked for, or another caller holds the pool: the tasks are independent, so the result is the same.
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+}  // namespace codegemm::cpu

@@ -1,0 +1,12 @@
+// A small persistent thread pool.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace codegemm::cpu {
+
+// Calls task(i) once for each i in [0, count), on up to `threads` threads, the caller's included, and waits for all.
+// Which thread runs which i is not fixed, so a task may write only what belongs to its i.
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
+
+}  // namespace codegemm::cpu

@@ -1,0 +1,74 @@
+"""The compiled module. Addresses are `Tensor.data_ptr()`; a bias address of 0 means no bias. See csrc/codegemm.h."""
+
+has_cuda: bool
+"""Whether the CUDA kernels were compiled in; `gemm_cuda` and `dequantize_cuda` exist only then."""
+
+def cpu_features() -> str:
+    """The best instruction set whose kernels this processor can run: `avx512vbmi`, `avx2` or `portable`."""
+
+def gemm_cpu(
+    *,
+    codes: int,
+    codebooks: int,
+    scales: int,
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    out_features: int,
+    in_features: int,
+    dtype: int,
+    x: int,
+    x_row_stride: int,
+    bias: int,
+    y: int,
+    rows: int,
+    threads: int,
+) -> None: ...
+def dequantize_cpu(
+    *,
+    codes: int,
+    codebooks: int,
+    scales: int,
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    out_features: int,
+    in_features: int,
+    dtype: int,
+    y: int,
+    threads: int,
+) -> None: ...
+def gemm_cuda(
+    *,
+    codes: int,
+    codebooks: int,
+    scales: int,
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    out_features: int,
+    in_features: int,
+    dtype: int,
+    x: int,
+    x_row_stride: int,
+    bias: int,
+    y: int,
+    rows: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def dequantize_cuda(
+    *,
+    codes: int,
+    codebooks: int,
+    scales: int,
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    out_features: int,
+    in_features: int,
+    dtype: int,
+    y: int,
+    device: int,
+    stream: int,
+) -> None: ...
