@@ -1,0 +1,57 @@
+"""Writing the ready checkpoint: a normal Hugging Face folder, built beside and renamed when it is whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codegemm_kernels import CheckpointMetadata
+
+
+def export_checkpoint(
+    model: Any,
+    tokenizer: Any,
+    tensors: dict[str, Tensor],
+    metadata: CheckpointMetadata,
+    quantised: list[str],
+    dtype: torch.dtype,
+    out: Path,
+) -> None:
+    """Write `out`: the model's own tensors with `tensors` in the place of those that were quantised or tuned.
+
+    model: the dense transformers model; tensors: by full name; quantised: names of the modules whose `.weight` is
+    gone. Floats are stored in `dtype`. The folder appears under its name only when everything is in it.
+    """
+    gone = {f"{name}.weight" for name in quantised}
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in gone}
+    state.update(tensors)
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    for tied in tied_names(model):
+        state.pop(tied, None)
+    model.config.dtype = dtype
+    model.config.quantization_config = metadata.to_quantization_config()
+    published = metadata.to_published_block(quantised)
+    if published is not None:
+        model.config.codegemm = published
+    building = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        model.save_pretrained(building, state_dict=state)
+        tokenizer.save_pretrained(building)
+        building.replace(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names in the state dict that are another parameter under a second name, such as a tied output head."""
+    first: dict[int, str] = {}
+    tied = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied.add(name)
+    return tied

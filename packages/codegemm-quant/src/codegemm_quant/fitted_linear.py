@@ -1,0 +1,72 @@
+"""A linear whose weight is made of codes, inside a block that is being tuned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codegemm_kernels import unpack_codes
+from codegemm_quant.weight import CodebookWeight
+
+
+class FittedLinear(nn.Module):
+    """Codes as a buffer, codebooks [m, 256, v] and scales [N, G] as fp32 parameters, the dense weight made on demand.
+
+    `refresh` rebuilds the dense weight in the compute dtype, once an optimiser step; `collect_gradients` sends the
+    gradient that has accumulated on it back into codebooks and scales. Any number of micro-batches may lie between.
+    """
+
+    codes: Tensor
+    dense: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: CodebookWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes)
+        self.codebooks = nn.Parameter(weight.codebooks.detach().clone())
+        self.scales = nn.Parameter(weight.scales.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+        self.dtype = dtype
+        self._graph: Tensor | None = None
+        self.refresh(training=False)
+
+    @property
+    def weight(self) -> CodebookWeight:
+        """The weight as it is now, sharing its tensors."""
+        return CodebookWeight(self.codes, self.codebooks.detach(), self.scales.detach())
+
+    @classmethod
+    def from_packed(cls, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> FittedLinear:
+        """From the stored tensors `codes`, `codebooks`, `scales` and perhaps `bias`."""
+        weight = CodebookWeight(
+            unpack_codes(tensors["codes"]).long().to(device),
+            tensors["codebooks"].float().to(device),
+            tensors["scales"].float().t().contiguous().to(device),
+        )
+        bias = tensors.get("bias")
+        return cls(weight, None if bias is None else bias.to(device), dtype)
+
+    def packed(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The stored tensors, on the CPU."""
+        tensors = self.weight.packed(dtype)
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().to(dtype).cpu()
+        return tensors
+
+    def refresh(self, *, training: bool) -> None:
+        """Rebuild the dense weight from codes, codebooks and scales."""
+        with torch.set_grad_enabled(training):
+            weight = CodebookWeight(self.codes, self.codebooks, self.scales).dequantize()
+        self._graph = weight if training else None
+        self.dense = weight.detach().to(self.dtype).requires_grad_(training)
+
+    def collect_gradients(self) -> None:
+        """Turn the gradient of the dense weight into gradients of codebooks and scales."""
+        if self._graph is not None and self.dense.grad is not None:
+            self._graph.backward(self.dense.grad.float())  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in the compute dtype."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return functional.linear(x.to(self.dtype), self.dense, bias)

@@ -1,0 +1,259 @@
+"""Post-training quantisation of a whole model: block after block, each calibrated on the output of those before it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError
+from codegemm_quant.block_tune import tune_block
+from codegemm_quant.blocks import (
+    BlockCall,
+    accumulate_hessians,
+    capture_calls,
+    capture_inputs,
+    find_blocks,
+    find_linears,
+    input_groups,
+)
+from codegemm_quant.calibration import calibration_windows
+from codegemm_quant.config import QuantizeConfig
+from codegemm_quant.export import export_checkpoint
+from codegemm_quant.fit import fit_matrix
+from codegemm_quant.fitted_linear import FittedLinear
+from codegemm_quant.progress_store import ProgressStore
+
+MAX_BATCH = 8
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What stays the same from block to block."""
+
+    config: QuantizeConfig
+    scheme: CodebookScheme
+    device: torch.device
+    compute: torch.dtype
+    stored: torch.dtype
+    store: ProgressStore
+    progress: tqdm[None]
+
+
+def quantize(config: QuantizeConfig) -> dict[str, Any]:
+    """Quantise a model and write the checkpoint folder `config.out`.
+
+    Returns {"out", "scheme", "bits_per_weight", "seconds", "blocks"}. An interrupted run leaves its finished blocks
+    in `<out>.work` and continues there with `resume`. Raises BadInput for unusable input and NumericalError, naming
+    the layer, when values stop being finite.
+    """
+    started = time.monotonic()
+    out = Path(config.out)
+    if out.exists():
+        raise BadInput(f"{out} exists already: choose another --out or delete it")
+    scheme = CodebookScheme.parse(config.scheme)
+    device = choose_device(config.device)
+    model, tokenizer = _load(config.model)
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        for name, linear in find_linears(block, f"{prefix}.{index}", config.skip).items():
+            scheme.check_matrix(linear.out_features, linear.in_features, f"{prefix}.{index}.{name}")
+    windows = calibration_windows(config.data, tokenizer, config.samples, config.sequence_length, config.seed)
+    stored = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    compute = compute_dtype(model.dtype, device)
+    store = ProgressStore.open(out.with_name(f"{out.name}.work"), config.settings(), resume=config.resume)
+    with tqdm(total=0, desc="quantise", unit="step", dynamic_ncols=True) as progress, torch.no_grad():
+        setting = _Setting(config, scheme, device, compute, stored, store, progress)
+        tensors, quantised = _quantize_blocks(setting, model, prefix, blocks, windows)
+    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in set(quantised)]
+    if not quantised:
+        raise BadInput(f"{config.model}: every linear layer is skipped, so there is nothing to quantise")
+    metadata = CheckpointMetadata(scheme, {}, tuple(dense))
+    bits, weights = 0.0, 0
+    for name in quantised:
+        linear = model.get_submodule(name)
+        size = linear.out_features * linear.in_features
+        bits, weights = bits + size * scheme.bits_per_weight(linear.out_features, linear.in_features), weights + size
+    export_checkpoint(model, tokenizer, tensors, metadata, quantised, stored, out)
+    shutil.rmtree(store.folder)
+    return {
+        "out": str(out),
+        "scheme": str(scheme),
+        "bits_per_weight": bits / weights,
+        "seconds": time.monotonic() - started,
+        "blocks": len(blocks),
+    }
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the first GPU, or else the CPU. Raises BadInput when it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"unknown device {name!r}: use cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def compute_dtype(model: torch.dtype, device: torch.device) -> torch.dtype:
+    """What blocks are run in: the model's dtype, or bf16 for fp32 models on a GPU; fp32 on a CPU without bf16 units."""
+    if device.type == "cuda":
+        return torch.bfloat16 if model == torch.float32 else model
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and model == torch.bfloat16 else torch.float32
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
+        raise BadInput(f"model {name} is neither a folder nor a hub name such as owner/name")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(f"{folder} is no model folder: it has no config.json")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise BadInput(f"{name} is quantised already: give the dense model")
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _quantize_blocks(
+    setting: _Setting, model: Any, prefix: str, blocks: nn.ModuleList, windows: Tensor
+) -> tuple[dict[str, Tensor], list[str]]:
+    """All blocks in order; returns stored tensors by full name and the names of the quantised modules."""
+    config, device, compute = setting.config, setting.device, setting.compute
+    batch = max(size for size in range(1, MAX_BATCH + 1) if len(windows) % size == 0)
+    batches = list(windows.split(batch))
+    calls = [call.to(device, compute) for call in capture_calls(model, blocks, batches[0], torch.device("cpu"))]
+    inputs = [h.to(device, compute) for h in capture_inputs(model, blocks[0], batches, torch.device("cpu"))]
+    dense_inputs = inputs
+    tensors: dict[str, Tensor] = {}
+    quantised: list[str] = []
+    setting.progress.reset(len(blocks))
+    for index, block in enumerate(blocks):
+        name = f"{prefix}.{index}"
+        linears = find_linears(block, name, config.skip)
+        work = _copy_block(block).to(device, compute)
+        generator = torch.Generator().manual_seed(config.seed * 100_003 + index)
+        with _autocast(device, compute):
+            targets = [calls[index].run(work, hidden) for hidden in dense_inputs]
+            finished = setting.store.load(index)
+            if finished is None:
+                _quantize_block(setting, work, name, calls[index], list(linears), inputs, targets, generator, index)
+                finished = setting.store.load(index)
+                assert finished is not None
+            block_tensors, report = finished
+            _install(work, linears, block_tensors, setting)
+            inputs = [calls[index].run(work, hidden) for hidden in inputs]
+        dense_inputs = targets
+        if not all(torch.isfinite(hidden).all() for hidden in inputs):
+            raise NumericalError(f"{name}: the quantised block's output is not finite")
+        tensors.update({f"{name}.{key}": value for key, value in block_tensors.items()})
+        quantised += [f"{name}.{linear}" for linear in linears]
+        setting.progress.update()
+        setting.progress.set_postfix(block=index, error=f"{report['error']:.4f}")
+    return tensors, quantised
+
+
+def _autocast(device: torch.device, compute: torch.dtype) -> Any:
+    """Mixed precision around a block whose norms and biases are fp32 while they are tuned."""
+    return nullcontext() if compute == torch.float32 else torch.autocast(device.type, compute)
+
+
+def _copy_block(block: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(block).requires_grad_(False)
+
+
+def _quantize_block(
+    setting: _Setting,
+    work: nn.Module,
+    name: str,
+    call: BlockCall,
+    linears: list[str],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    generator: torch.Generator,
+    index: int,
+) -> None:
+    """Fit every linear of one block, tune the block and save it. `work` is the block's copy on the device."""
+    config, progress = setting.config, setting.progress
+    modules = {linear: work.get_submodule(linear) for linear in linears}
+    groups = input_groups(work, modules, call, inputs[0])  # type: ignore[arg-type]
+    leaders = [modules[group[0]] for group in groups]
+    hessians, _ = accumulate_hessians(work, leaders, call, inputs)  # type: ignore[arg-type]
+    errors: dict[str, float] = {}
+    for group, hessian in zip(groups, hessians, strict=True):
+        for linear in group:
+            progress.set_postfix(block=index, fitting=linear)
+            dense = modules[linear]
+            fit = fit_matrix(
+                dense.weight,  # type: ignore[arg-type]
+                hessian,
+                setting.scheme,
+                rounds=config.rounds,
+                damping=config.damping,
+                dtype=setting.stored,
+                generator=generator,
+                name=f"{name}.{linear}",
+            )
+            errors[linear] = fit.relative_error
+            work.set_submodule(linear, FittedLinear(fit.weight, dense.bias, setting.compute))  # type: ignore[arg-type]
+    for parameter in work.parameters():
+        parameter.data = parameter.data.float()
+    report: dict[str, Any] = {"layers": errors}
+    limit = max(1, config.tune_samples // inputs[0].shape[0])
+
+    def show(loss: float) -> None:
+        progress.set_postfix(block=index, tuning=f"{loss:.4f}")
+
+    with torch.enable_grad():
+        work.requires_grad_(True)
+        tuned = tune_block(
+            work,
+            call,
+            inputs[:limit],
+            targets[:limit],
+            epochs=config.tune_epochs,
+            learning_rate=config.tune_learning_rate,
+            generator=generator,
+            name=name,
+            on_step=show,
+        )
+    work.requires_grad_(False)
+    report.update(error=tuned.after, error_before_tuning=tuned.before)
+    setting.store.save(index, _block_tensors(work, setting.stored), report)
+
+
+def _block_tensors(work: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
+    """Stored tensors of a finished block by name inside the block: packed linears and every other parameter."""
+    tensors: dict[str, Tensor] = {}
+    fitted = {name: module for name, module in work.named_modules() if isinstance(module, FittedLinear)}
+    for name, module in fitted.items():
+        tensors.update({f"{name}.{part}": value for part, value in module.packed(stored).items()})
+    for name, parameter in work.named_parameters():
+        if name.rpartition(".")[0] not in fitted:
+            tensors[name] = parameter.detach().to(stored).cpu().contiguous()
+    return tensors
+
+
+def _install(work: nn.Module, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], setting: _Setting) -> None:
+    """Put the stored values, exactly as they were saved, into the working copy of a block."""
+    for name in linears:
+        parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        work.set_submodule(name, FittedLinear.from_packed(parts, setting.compute, setting.device))
+    for name, parameter in work.named_parameters():
+        if name in tensors and name.rpartition(".")[0] not in linears:
+            parameter.data = tensors[name].to(setting.device, setting.compute)
+    work.requires_grad_(False)
