@@ -1,0 +1,233 @@
+"""The torch ops `codegemm::gemm` and `codegemm::dequantize`. The only importer of the compiled module.
+
+A call checks everything a kernel relies on, allocates the result and passes addresses: integers carry no types, so a
+mistake past this file would be a wild read. The default implementation, for devices without a kernel, is `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codegemm_kernels import _C, reference
+from codegemm_kernels.errors import BadInput
+from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CODES_PER_WORD, MAX_CODEBOOKS, VECTOR_LENGTHS
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/codegemm.h, enum DType
+_NO_CUDA = (
+    "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
+    "CUDA_HOME set if nvcc is not on PATH), or move the model to the CPU"
+)
+
+
+def _check_weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[int, int, int]:
+    """Return (N, K, G) of a stored matrix, or raise BadInput naming the fault."""
+    code_shape, book_shape, scale_shape = codes.shape, codebooks.shape, scales.shape
+    if len(code_shape) != 3 or len(book_shape) != 3 or len(scale_shape) != 2:
+        raise BadInput(
+            "codes, codebooks and scales must be [m, K/(4v), N], [m, 256, v] and [G, N], "
+            f"not {list(code_shape)}, {list(book_shape)} and {list(scale_shape)}"
+        )
+    num_codebooks, words, out_features = code_shape
+    vector_length, num_groups = book_shape[2], scale_shape[0]
+    if book_shape[0] != num_codebooks or book_shape[1] != CODEBOOK_ENTRIES or scale_shape[1] != out_features:
+        raise BadInput(
+            f"codes {list(code_shape)}, codebooks {list(book_shape)} and scales {list(scale_shape)} do not belong "
+            "together: they must be [m, K/(4v), N], [m, 256, v] and [G, N]"
+        )
+    if vector_length not in VECTOR_LENGTHS or not 1 <= num_codebooks <= MAX_CODEBOOKS:
+        raise BadInput(
+            f"{num_codebooks} codebooks of vectors of {vector_length} are not supported: "
+            f"use 1 to {MAX_CODEBOOKS} codebooks and a vector length of {VECTOR_LENGTHS}"
+        )
+    vectors = words * CODES_PER_WORD
+    if words < 1 or num_groups < 1 or vectors % num_groups:
+        raise BadInput(
+            f"{num_groups} scale groups do not divide a row of {vectors} vectors of {vector_length} weights: "
+            "the group size must be a multiple of the vector length"
+        )
+    if codes.dtype != torch.int32:
+        raise BadInput(f"codes must be int32 words, not {codes.dtype}")
+    dtype = codebooks.dtype
+    if scales.dtype != dtype or dtype not in _DTYPES:
+        raise BadInput(
+            f"codebooks are {dtype} and scales {scales.dtype}: both must be the same one of "
+            "float32, float16 and bfloat16; cast them first"
+        )
+    device = codes.get_device()
+    if codebooks.get_device() != device or scales.get_device() != device:
+        raise BadInput(
+            f"codes are on {codes.device}, codebooks on {codebooks.device} and scales on {scales.device}: "
+            "move them to one device"
+        )
+    return out_features, vectors * vector_length, num_groups
+
+
+def _check_input(x: Tensor, bias: Tensor | None, codes: Tensor, codebooks: Tensor, N: int, K: int) -> None:
+    """Raise BadInput unless x [..., K] and bias [N] fit a matrix of N x K."""
+    dtype, device = codebooks.dtype, codes.get_device()
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise BadInput(f"x has shape {list(x.shape)}, but the matrix takes {K} input features in the last dimension")
+    if x.dtype != dtype:
+        raise BadInput(f"x is {x.dtype}, but codebooks and scales are {dtype}: cast one of them")
+    if x.get_device() != device:
+        raise BadInput(f"x is on {x.device}, but codes are on {codes.device}: move one of them")
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != N:
+            raise BadInput(f"bias has shape {list(bias.shape)}, but the matrix has {N} output features")
+        if bias.dtype != dtype:
+            raise BadInput(f"bias is {bias.dtype}, but x is {dtype}: cast one of them")
+        if bias.get_device() != device:
+            raise BadInput(f"bias is on {bias.device}, but x is on {x.device}: move one of them")
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """View x [..., K] as rows [M, K] whose elements are adjacent, copying only where no such view exists."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _gemm_cpu(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    N, K, num_groups = _check_weight(codes, codebooks, scales)
+    _check_input(x, bias, codes, codebooks, N, K)
+    y = x.new_empty((*x.shape[:-1], N))
+    if y.numel() == 0:
+        return y
+    rows = _as_rows(x)
+    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _C.gemm_cpu(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        num_codebooks=codebooks.shape[0],
+        vector_length=codebooks.shape[2],
+        num_groups=num_groups,
+        out_features=N,
+        in_features=K,
+        dtype=_DTYPES[x.dtype],
+        x=rows.data_ptr(),
+        x_row_stride=rows.stride(0),
+        bias=0 if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        rows=rows.shape[0],
+        threads=torch.get_num_threads(),
+    )
+    return y
+
+
+def _gemm_cuda(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    if not _C.has_cuda:
+        raise BadInput(_NO_CUDA)
+    N, K, num_groups = _check_weight(codes, codebooks, scales)
+    _check_input(x, bias, codes, codebooks, N, K)
+    y = x.new_empty((*x.shape[:-1], N))
+    if y.numel() == 0:
+        return y
+    rows = _as_rows(x)
+    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    device = x.get_device()
+    _C.gemm_cuda(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        num_codebooks=codebooks.shape[0],
+        vector_length=codebooks.shape[2],
+        num_groups=num_groups,
+        out_features=N,
+        in_features=K,
+        dtype=_DTYPES[x.dtype],
+        x=rows.data_ptr(),
+        x_row_stride=rows.stride(0),
+        bias=0 if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        rows=rows.shape[0],
+        device=device,
+        stream=torch._C._cuda_getCurrentRawStream(device),  # current_stream(device).cuda_stream without its objects
+    )
+    return y
+
+
+def _gemm_fake(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    N, K, _ = _check_weight(codes, codebooks, scales)
+    _check_input(x, bias, codes, codebooks, N, K)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def _dequantize_cpu(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    N, K, num_groups = _check_weight(codes, codebooks, scales)
+    y = codebooks.new_empty((N, K))
+    if N == 0:
+        return y
+    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    _C.dequantize_cpu(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        num_codebooks=codebooks.shape[0],
+        vector_length=codebooks.shape[2],
+        num_groups=num_groups,
+        out_features=N,
+        in_features=K,
+        dtype=_DTYPES[codebooks.dtype],
+        y=y.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return y
+
+
+def _dequantize_cuda(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    if not _C.has_cuda:
+        raise BadInput(_NO_CUDA)
+    N, K, num_groups = _check_weight(codes, codebooks, scales)
+    y = codebooks.new_empty((N, K))
+    if N == 0:
+        return y
+    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    device = codes.get_device()
+    _C.dequantize_cuda(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        num_codebooks=codebooks.shape[0],
+        vector_length=codebooks.shape[2],
+        num_groups=num_groups,
+        out_features=N,
+        in_features=K,
+        dtype=_DTYPES[codebooks.dtype],
+        y=y.data_ptr(),
+        device=device,
+        stream=torch._C._cuda_getCurrentRawStream(device),
+    )
+    return y
+
+
+def _dequantize_fake(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    N, K, _ = _check_weight(codes, codebooks, scales)
+    return codebooks.new_empty((N, K))
+
+
+_LIBRARY = torch.library.Library("codegemm", "DEF")
+_LIBRARY.define("gemm(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias=None) -> Tensor")
+_LIBRARY.define("dequantize(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor")
+_LIBRARY.impl("gemm", reference.gemm, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("gemm", _gemm_cpu, "CPU")
+_LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
+_LIBRARY.impl("gemm", _gemm_cuda, "CUDA")
+_LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
+torch.library.register_fake("codegemm::gemm", _gemm_fake, lib=_LIBRARY)
+torch.library.register_fake("codegemm::dequantize", _dequantize_fake, lib=_LIBRARY)
+
+gemm = torch.ops.codegemm.gemm.default
+"""`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]; one dtype throughout, sums in fp32. See csrc/codegemm.h."""
+dequantize = torch.ops.codegemm.dequantize.default
+"""W [N, K] of a stored matrix, in the dtype of `codebooks`."""
