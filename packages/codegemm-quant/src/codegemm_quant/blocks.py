@@ -9,9 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from codegemm_kernels import BadInput
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,9 @@ def capture_calls(model: nn.Module, blocks: nn.ModuleList, batch: Tensor, device
 
 
 @torch.no_grad()
-def input_groups(block: nn.Module, linears: Mapping[str, nn.Linear], call: BlockCall, hidden: Tensor) -> list[list[str]]:
+def input_groups(
+    block: nn.Module, linears: Mapping[str, nn.Linear], call: BlockCall, hidden: Tensor
+) -> list[list[str]]:
     """Names of linears that receive the very same input tensor, in the order in which the block uses them.
 
     Raises BadInput for a linear that the block never calls: it could not be calibrated.
@@ -128,28 +129,44 @@ def input_groups(block: nn.Module, linears: Mapping[str, nn.Linear], call: Block
 
 
 @torch.no_grad()
-def accumulate_hessians(
-    block: nn.Module, linears: list[nn.Linear], call: BlockCall, hidden: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """H = X ᵀX / tokens in fp32 for the input of each linear, and the block's outputs, in one pass over all batches."""
-    sums = [torch.zeros(m.in_features, m.in_features, device=m.weight.device) for m in linears]
-    tokens = [0] * len(linears)
+def input_moments(
+    block: nn.Module,
+    dense_block: nn.Module,
+    linear: str,
+    call: BlockCall,
+    inputs: list[Tensor],
+    dense_inputs: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Second moments of the inputs of one linear: H = XᵀX / tokens and C = DᵀX / tokens, both fp32 [K, K].
 
-    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1]).float()
-            sums[index].addmm_(rows.t(), rows)
-            tokens[index] += len(rows)
+    X are its inputs in the (partly quantised) block fed by the quantised model, D those of the dense model.
+    """
+    width = block.get_submodule(linear).in_features
+    own = cross = torch.zeros(width, width, device=inputs[0].device)  # type: ignore[call-overload]
+    own, tokens = own.clone(), 0
+    for hidden, dense_hidden in zip(inputs, dense_inputs, strict=True):
+        x = _input_of(block, linear, call, hidden)
+        d = _input_of(dense_block, linear, call, dense_hidden)
+        own.addmm_(x.t(), x)
+        cross.addmm_(d.t(), x)
+        tokens += len(x)
+    return own / tokens, cross / tokens
 
-        return add
 
-    handles = [linear.register_forward_pre_hook(hook(i)) for i, linear in enumerate(linears)]
-    try:
-        outputs = [call.run(block, batch) for batch in hidden]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [total / max(count, 1) for total, count in zip(sums, tokens, strict=True)], outputs
+def _input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> Tensor:
+    """What the named linear is given, fp32 [tokens, K]; the block is run no further than that."""
+    caught: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        caught.append(args[0].reshape(-1, args[0].shape[-1]).float())
+        raise _BlockReached
+
+    with _hooks([(block.get_submodule(linear), stop)]):
+        try:
+            call.run(block, hidden)
+        except _BlockReached:
+            pass
+    return caught[0]
 
 
 @contextmanager

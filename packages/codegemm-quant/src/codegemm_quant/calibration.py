@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from codegemm_kernels import BadInput
+from torch import Tensor
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 DATASETS = ("wikitext2", "c4", "slimpajama")

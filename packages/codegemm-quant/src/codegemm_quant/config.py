@@ -42,6 +42,10 @@ class QuantizeConfig:
     """At most so many calibration windows are used for tuning."""
     tune_learning_rate: float = 2e-3
     """Largest step of the block tuning, relative to the size of each parameter."""
+    model_epochs: int = 4
+    """Passes over the calibration windows that tune all blocks together against the dense model; 0 to leave out."""
+    model_learning_rate: float = 1e-3
+    """Largest step of the whole model's tuning, relative to the size of each parameter."""
 
     def __post_init__(self) -> None:
         CodebookScheme.parse(self.scheme)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from codegemm_kernels import CheckpointMetadata
+from torch import Tensor, nn
 
 
 def export_checkpoint(

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from codegemm_kernels import CodebookScheme, NumericalError
 from codegemm_kernels.scheme import CODEBOOK_ENTRIES
+from torch import Tensor
+
 from codegemm_quant.kmeans import initialise
 from codegemm_quant.search import feedback_codes, sweep
 from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
@@ -29,12 +29,14 @@ class FitResult:
     """The same after k-means alone."""
 
 
-def damp(hessian: Tensor, damping: float, name: str) -> Tensor:
-    """H plus `damping` times its mean diagonal, fp32. Raises NumericalError, naming the layer, if H is not finite."""
-    mean = hessian.diagonal().mean()
-    if not torch.isfinite(hessian).all():
-        raise NumericalError(f"{name}: its calibration inputs are not finite; check the model's dtype and the text")
-    return hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean + 1e-12)
+def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """The weight whose outputs on the quantised model's inputs are nearest to the dense outputs on dense inputs.
+
+    argmin over V of E|W d - V x|² is W C H⁻¹ with C = E[d xᵀ] and H = E[x xᵀ] (GPTAQ, 2504.02692). What earlier
+    layers got wrong is corrected here as far as a linear map can.
+    """
+    lower = torch.linalg.cholesky(hessian)
+    return torch.cholesky_solve((weight @ cross).t(), lower).t().contiguous()
 
 
 def relative_error(weight: Tensor, hessian: Tensor, approximation: Tensor) -> float:
@@ -47,6 +49,7 @@ def relative_error(weight: Tensor, hessian: Tensor, approximation: Tensor) -> fl
 def fit_matrix(
     weight: Tensor,
     hessian: Tensor,
+    cross: Tensor,
     scheme: CodebookScheme,
     *,
     rounds: int,
@@ -55,20 +58,26 @@ def fit_matrix(
     generator: torch.Generator,
     name: str = "matrix",
 ) -> FitResult:
-    """Find codes, codebooks and scales for weight [N, K] that keep its outputs on inputs with second moment H.
+    """Find codes, codebooks and scales whose outputs on the quantised model's inputs x equal weight @ d on dense ones.
 
-    k-means weighted by diag(H); one pass of codes with error feedback; then `rounds` of least squares for codebooks
+    weight [N, K], hessian H = E[x xᵀ], cross C = E[d xᵀ], both [K, K]. k-means weighted by diag(H); one pass of codes with error feedback; then `rounds` of least squares for codebooks
     and scales (conjugate gradients) and a sweep over the codes. The result is the best state seen, judged on values
     rounded to `dtype`. Raises NumericalError when the objective stops being finite.
     """
     weight = weight.float()
     if not torch.isfinite(weight).all():
         raise NumericalError(f"{name}: the weight holds values that are not finite")
-    hessian = damp(hessian.float(), damping, name)
+    extra = damping * hessian.diagonal().mean() + 1e-12
+    if not (torch.isfinite(extra) and torch.isfinite(cross).all()):
+        raise NumericalError(f"{name}: its calibration inputs are not finite; check the model's dtype and the text")
+    ridge = extra * torch.eye(len(hessian), device=hessian.device)
+    hessian = hessian + ridge
+    factor = inverse_factor(hessian, name)
+    weight = corrected_target(weight, hessian, cross + ridge)
     state = initialise(weight, hessian.diagonal(), scheme, generator)
     best = state.clone()
     start = lowest = relative_error(weight, hessian, state.rounded(dtype).dequantize())
-    feedback_codes(weight, inverse_factor(hessian, name), state)
+    feedback_codes(weight, factor, state)
     for turn in range(rounds + 1):
         solve_codebooks(weight, hessian, state)
         solve_scales(weight, hessian, state)
@@ -85,12 +94,13 @@ def fit_matrix(
 def inverse_factor(hessian: Tensor, name: str) -> Tensor:
     """The upper Cholesky factor of H⁻¹. Raises NumericalError when H is singular in spite of its damping."""
     lower, info = torch.linalg.cholesky_ex(hessian)
-    if int(info):
-        raise NumericalError(f"{name}: H is singular; calibrate on more text or raise the damping")
-    factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(info):
-        raise NumericalError(f"{name}: the inverse of H is not positive; calibrate on more text or raise the damping")
-    return factor
+    if not int(info):
+        factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(info):
+            return factor
+    raise NumericalError(
+        f"{name}: the second moment of its inputs is singular; calibrate on more text or raise --damping"
+    )
 
 
 def solve_codebooks(weight: Tensor, hessian: Tensor, state: CodebookWeight, steps: int = CODEBOOK_STEPS) -> None:

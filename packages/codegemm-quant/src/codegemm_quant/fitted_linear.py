@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from codegemm_kernels import unpack_codes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codegemm_kernels import unpack_codes
 from codegemm_quant.weight import CodebookWeight
 
 

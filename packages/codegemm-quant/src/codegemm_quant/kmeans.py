@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CodebookScheme
 from torch import Tensor
 
-from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CodebookScheme
 from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
 
 LLOYD_ROUNDS = 20
@@ -15,7 +15,9 @@ MAX_POINTS = 1 << 16
 _CHUNK = 1 << 16
 
 
-def initialise(weight: Tensor, importance: Tensor, scheme: CodebookScheme, generator: torch.Generator) -> CodebookWeight:
+def initialise(
+    weight: Tensor, importance: Tensor, scheme: CodebookScheme, generator: torch.Generator
+) -> CodebookWeight:
     """Scales by group, then residual k-means, one codebook after the other, refined jointly.
 
     weight fp32 [N, K]; importance [K], the diagonal of H: the price of a squared error in each column. Every vector
@@ -27,7 +29,9 @@ def initialise(weight: Tensor, importance: Tensor, scheme: CodebookScheme, gener
     grouped = weight.view(rows, groups, -1)
     scales = grouped.square().mean(-1).sqrt().clamp_min(1e-8)
     points = (grouped / scales.unsqueeze(-1)).reshape(-1, v)
-    prices = (importance.clamp_min(importance.mean() * 1e-3).view(1, groups, -1) * scales.square().unsqueeze(-1)).reshape(-1, v)
+    prices = (
+        importance.clamp_min(importance.mean() * 1e-3).view(1, groups, -1) * scales.square().unsqueeze(-1)
+    ).reshape(-1, v)
     prices = prices / prices.mean()
 
     chosen = torch.randperm(len(points), generator=generator)[:MAX_POINTS].to(points.device)

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from codegemm_kernels import BadInput
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from codegemm_kernels import BadInput
 
 
 class ProgressStore:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError
-from codegemm_quant.block_tune import tune_block
 from codegemm_quant.blocks import (
     BlockCall,
-    accumulate_hessians,
     capture_calls,
     capture_inputs,
     find_blocks,
     find_linears,
     input_groups,
+    input_moments,
 )
 from codegemm_quant.calibration import calibration_windows
 from codegemm_quant.config import QuantizeConfig
 from codegemm_quant.export import export_checkpoint
 from codegemm_quant.fit import fit_matrix
 from codegemm_quant.fitted_linear import FittedLinear
+from codegemm_quant.model_tune import tune_model
 from codegemm_quant.progress_store import ProgressStore
+from codegemm_quant.tuning import tune_block
 
 MAX_BATCH = 8
 
@@ -45,6 +48,16 @@ class _Setting:
     stored: torch.dtype
     store: ProgressStore
     progress: tqdm[None]
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """What one block is fitted on: how it is called, its inputs in both models and the dense model's outputs."""
+
+    call: BlockCall
+    inputs: list[Tensor]
+    dense_inputs: list[Tensor]
+    targets: list[Tensor]
 
 
 def quantize(config: QuantizeConfig) -> dict[str, Any]:
@@ -72,6 +85,8 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     with tqdm(total=0, desc="quantise", unit="step", dynamic_ncols=True) as progress, torch.no_grad():
         setting = _Setting(config, scheme, device, compute, stored, store, progress)
         tensors, quantised = _quantize_blocks(setting, model, prefix, blocks, windows)
+        if config.model_epochs:
+            tensors = _tune_whole(setting, model, prefix, tensors, quantised, windows)
     dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in set(quantised)]
     if not quantised:
         raise BadInput(f"{config.model}: every linear layer is skipped, so there is nothing to quantise")
@@ -130,10 +145,13 @@ def _load(name: str) -> tuple[Any, Any]:
 def _quantize_blocks(
     setting: _Setting, model: Any, prefix: str, blocks: nn.ModuleList, windows: Tensor
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """All blocks in order; returns stored tensors by full name and the names of the quantised modules."""
+    """All blocks in order; returns stored tensors by full name and the names of the quantised modules.
+
+    Two streams of hidden states run side by side: through the dense blocks, which gives each block its target, and
+    through the quantised ones, which gives it the inputs it will really see.
+    """
     config, device, compute = setting.config, setting.device, setting.compute
-    batch = max(size for size in range(1, MAX_BATCH + 1) if len(windows) % size == 0)
-    batches = list(windows.split(batch))
+    batches = list(windows.split(batch_size(len(windows))))
     calls = [call.to(device, compute) for call in capture_calls(model, blocks, batches[0], torch.device("cpu"))]
     inputs = [h.to(device, compute) for h in capture_inputs(model, blocks[0], batches, torch.device("cpu"))]
     dense_inputs = inputs
@@ -142,19 +160,19 @@ def _quantize_blocks(
     setting.progress.reset(len(blocks))
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
-        linears = find_linears(block, name, config.skip)
-        work = _copy_block(block).to(device, compute)
-        generator = torch.Generator().manual_seed(config.seed * 100_003 + index)
+        linears = list(find_linears(block, name, config.skip))
+        dense = copy.deepcopy(block).requires_grad_(False).to(device, compute)
         with _autocast(device, compute):
-            targets = [calls[index].run(work, hidden) for hidden in dense_inputs]
+            targets = [calls[index].run(dense, hidden) for hidden in dense_inputs]
             finished = setting.store.load(index)
             if finished is None:
-                _quantize_block(setting, work, name, calls[index], list(linears), inputs, targets, generator, index)
+                streams = _Streams(calls[index], inputs, dense_inputs, targets)
+                setting.store.save(index, *_quantize_block(setting, dense, name, linears, streams, index))
                 finished = setting.store.load(index)
                 assert finished is not None
             block_tensors, report = finished
-            _install(work, linears, block_tensors, setting)
-            inputs = [calls[index].run(work, hidden) for hidden in inputs]
+            install(dense, linears, block_tensors, compute, device)
+            inputs = [calls[index].run(dense, hidden) for hidden in inputs]
         dense_inputs = targets
         if not all(torch.isfinite(hidden).all() for hidden in inputs):
             raise NumericalError(f"{name}: the quantised block's output is not finite")
@@ -170,37 +188,26 @@ def _autocast(device: torch.device, compute: torch.dtype) -> Any:
     return nullcontext() if compute == torch.float32 else torch.autocast(device.type, compute)
 
 
-def _copy_block(block: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(block).requires_grad_(False)
-
-
 def _quantize_block(
-    setting: _Setting,
-    work: nn.Module,
-    name: str,
-    call: BlockCall,
-    linears: list[str],
-    inputs: list[Tensor],
-    targets: list[Tensor],
-    generator: torch.Generator,
-    index: int,
-) -> None:
-    """Fit every linear of one block, tune the block and save it. `work` is the block's copy on the device."""
+    setting: _Setting, dense: nn.Module, name: str, linears: list[str], streams: _Streams, index: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Fit every linear of one block and tune the block. Returns its stored tensors and a report.
+
+    Linears that share an input are fitted together; their inputs are taken from the block as quantised so far.
+    """
     config, progress = setting.config, setting.progress
-    modules = {linear: work.get_submodule(linear) for linear in linears}
-    groups = input_groups(work, modules, call, inputs[0])  # type: ignore[arg-type]
-    leaders = [modules[group[0]] for group in groups]
-    hessians, _ = accumulate_hessians(work, leaders, call, inputs)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(config.seed * 100_003 + index)
+    work = copy.deepcopy(dense)
+    modules = {linear: cast(nn.Linear, work.get_submodule(linear)) for linear in linears}
     errors: dict[str, float] = {}
-    for group, hessian in zip(groups, hessians, strict=True):
+    for group in input_groups(work, modules, streams.call, streams.inputs[0]):
+        hessian, cross = input_moments(work, dense, group[0], streams.call, streams.inputs, streams.dense_inputs)
         for linear in group:
             progress.set_postfix(block=index, fitting=linear)
-            dense = modules[linear]
             fit = fit_matrix(
-                dense.weight,  # type: ignore[arg-type]
+                modules[linear].weight.detach(),
                 hessian,
+                cross,
                 setting.scheme,
                 rounds=config.rounds,
                 damping=config.damping,
@@ -209,11 +216,10 @@ def _quantize_block(
                 name=f"{name}.{linear}",
             )
             errors[linear] = fit.relative_error
-            work.set_submodule(linear, FittedLinear(fit.weight, dense.bias, setting.compute))  # type: ignore[arg-type]
+            work.set_submodule(linear, FittedLinear(fit.weight, modules[linear].bias, setting.compute))
     for parameter in work.parameters():
         parameter.data = parameter.data.float()
-    report: dict[str, Any] = {"layers": errors}
-    limit = max(1, config.tune_samples // inputs[0].shape[0])
+    limit = max(1, config.tune_samples // len(streams.inputs[0]))
 
     def show(loss: float) -> None:
         progress.set_postfix(block=index, tuning=f"{loss:.4f}")
@@ -222,22 +228,21 @@ def _quantize_block(
         work.requires_grad_(True)
         tuned = tune_block(
             work,
-            call,
-            inputs[:limit],
-            targets[:limit],
+            streams.call,
+            streams.inputs[:limit],
+            streams.targets[:limit],
             epochs=config.tune_epochs,
             learning_rate=config.tune_learning_rate,
             generator=generator,
             name=name,
             on_step=show,
         )
-    work.requires_grad_(False)
-    report.update(error=tuned.after, error_before_tuning=tuned.before)
-    setting.store.save(index, _block_tensors(work, setting.stored), report)
+    report = {"layers": errors, "error": tuned.after, "error_before_tuning": tuned.before}
+    return _stored_tensors(work, setting.stored), report
 
 
-def _block_tensors(work: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
-    """Stored tensors of a finished block by name inside the block: packed linears and every other parameter."""
+def _stored_tensors(work: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
+    """Stored tensors of a module by name inside it: packed linears and every other parameter."""
     tensors: dict[str, Tensor] = {}
     fitted = {name: module for name, module in work.named_modules() if isinstance(module, FittedLinear)}
     for name, module in fitted.items():
@@ -248,12 +253,53 @@ def _block_tensors(work: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def _install(work: nn.Module, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], setting: _Setting) -> None:
-    """Put the stored values, exactly as they were saved, into the working copy of a block."""
+def install(
+    block: nn.Module, linears: list[str], tensors: dict[str, Tensor], compute: torch.dtype, device: torch.device
+) -> None:
+    """Put stored values into a dense block: its linears become FittedLinear, its norms and biases the saved ones."""
     for name in linears:
         parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
-        work.set_submodule(name, FittedLinear.from_packed(parts, setting.compute, setting.device))
-    for name, parameter in work.named_parameters():
+        block.set_submodule(name, FittedLinear.from_packed(parts, compute, device))
+    for name, parameter in block.named_parameters():
         if name in tensors and name.rpartition(".")[0] not in linears:
-            parameter.data = tensors[name].to(setting.device, setting.compute)
-    work.requires_grad_(False)
+            parameter.data = tensors[name].to(device, compute)
+    block.requires_grad_(False)
+
+
+def batch_size(windows: int) -> int:
+    """The largest batch up to 8 that divides the number of windows: masks and positions are the same for all."""
+    return max(size for size in range(1, MAX_BATCH + 1) if windows % size == 0)
+
+
+def _tune_whole(
+    setting: _Setting, model: Any, prefix: str, tensors: dict[str, Tensor], quantised: list[str], windows: Tensor
+) -> dict[str, Tensor]:
+    """Tune codebooks, scales and norms of all blocks together; returns the new stored tensors."""
+    config, device, progress = setting.config, setting.device, setting.progress
+    student = copy.deepcopy(model).requires_grad_(False).to(device, setting.compute)
+    teacher = model.to(device, setting.compute).requires_grad_(False)
+    install(student, quantised, tensors, setting.compute, device)
+    for name, parameter in student.named_parameters():
+        if name in tensors or name.rpartition(".")[0] in quantised:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    batches = [batch.to(device) for batch in windows.split(batch_size(len(windows)))]
+    progress.reset(config.model_epochs * len(batches))
+
+    def show(loss: float) -> None:
+        progress.update()
+        progress.set_postfix(tuning="model", divergence=f"{loss:.4f}")
+
+    with torch.enable_grad(), _autocast(device, setting.compute):
+        tuned = tune_model(
+            student,
+            teacher,
+            batches,
+            epochs=config.model_epochs,
+            learning_rate=config.model_learning_rate,
+            generator=torch.Generator().manual_seed(config.seed),
+            on_step=show,
+        )
+    progress.write(f"divergence from the dense model {tuned.before:.4f} -> {tuned.after:.4f}", file=sys.stderr)
+    stored = _stored_tensors(student, setting.stored)
+    return {name: stored[name] for name in tensors}

@@ -27,15 +27,17 @@ def feedback_codes(weight: Tensor, upper: Tensor, state: CodebookWeight) -> None
     remaining = weight.clone()
     scales = state.vector_scales()
     in_features = weight.shape[1]
+    inverses = torch.linalg.inv(_diagonal_blocks(upper, v))
+    metrics = inverses @ inverses.transpose(1, 2)
     for first in range(0, in_features, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, in_features)
         pushed = torch.zeros_like(remaining[:, first:last])
         for column in range(first, last, v):
             here, local = slice(column, column + v), slice(column - first, column - first + v)
             target = remaining[:, here]
-            inverse = torch.linalg.inv(upper[here, here])
-            quantised = _nearest_sum(target, inverse @ inverse.t(), scales[:, column // v], state, column // v)
-            error = (target - quantised) @ inverse
+            position = column // v
+            quantised = _nearest_sum(target, metrics[position], scales[:, position], state, position)
+            error = (target - quantised) @ inverses[position]
             pushed[:, local] = error
             remaining[:, column + v : last] -= error @ upper[here, column + v : last]
         remaining[:, last:] -= pushed @ upper[first:last, last:]
@@ -55,6 +57,11 @@ def _nearest_sum(target: Tensor, metric: Tensor, scale: Tensor, state: CodebookW
             codes[:, position, i] = best
             quantised = quantised + scale[:, None] * book[best]
     return quantised
+
+
+def _diagonal_blocks(matrix: Tensor, v: int) -> Tensor:
+    """The blocks [K/v, v, v] on the diagonal of a [K, K] matrix."""
+    return matrix.unflatten(0, (-1, v)).unflatten(2, (-1, v)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _norms(book: Tensor, metric: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ def sweep(weight: Tensor, hessian: Tensor, state: CodebookWeight) -> int:
     error = weight - state.dequantize()
     scales = state.vector_scales()
     changed = torch.zeros((), dtype=torch.long, device=weight.device)
-    diagonal = torch.stack([hessian[c : c + v, c : c + v] for c in range(0, in_features, v)])
+    diagonal = _diagonal_blocks(hessian, v)
     norms = torch.einsum("mcs,jst,mct->mjc", codebooks, diagonal, codebooks)
     for first in range(0, in_features, BLOCK_COLUMNS):
         last = min(first + BLOCK_COLUMNS, in_features)
@@ -91,9 +98,7 @@ def sweep(weight: Tensor, hessian: Tensor, state: CodebookWeight) -> int:
             for i in range(num_codebooks):
                 before = codes[:, position, i]
                 current = scale[:, None] * codebooks[i][before]
-                best = choose(
-                    pull[:, local] + current @ diagonal[position], scale, codebooks[i], norms[i, position]
-                )
+                best = choose(pull[:, local] + current @ diagonal[position], scale, codebooks[i], norms[i, position])
                 step = scale[:, None] * codebooks[i][best] - current
                 pull -= step @ hessian[column : column + v, first:last]
                 moved[:, local] += step

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from codegemm_kernels import CodebookScheme, pack_codes
+from torch import Tensor
 
 
 @dataclass
