@@ -1,1 +1,1 @@
-"""codegemm_eval."""
+"""Judge language models, dense or stored as codes: perplexity, lm-eval tasks, tables and charts."""
