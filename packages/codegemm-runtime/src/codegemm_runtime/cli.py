@@ -1,0 +1,139 @@
+"""The command `codegemm-runtime`: generate, chat, inspect. The only module that needs tyro."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from codegemm_kernels.errors import BadInput, run_command
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, streaming the text to stdout; the last line is JSON."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder (dense, codegemm or published) or hub name."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 128
+    """Largest number of new tokens."""
+    temperature: float = 0.0
+    """0 takes the most likely token; higher is more varied."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: str | None = None
+    """cpu, cuda, cuda:0 or auto; without it the GPU when there is one."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Load, generate and return the JSON object."""
+        from codegemm_runtime.generation import Sampling, generate_text
+        from codegemm_runtime.loading import load_model, load_tokenizer
+
+        sampling = Sampling(self.temperature, self.top_p, self.seed)
+        if not self.prompt:
+            raise BadInput("the prompt is empty: give at least one character")
+        tokenizer = load_tokenizer(self.model)
+        model = load_model(self.model, self.device)
+        generation = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling, _write)
+        print(flush=True)
+        return generation.summary()
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a model that has a chat template. Ctrl-C stops an answer, Ctrl-D or an empty line ends the program."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder (dense, codegemm or published) or hub name."""
+    system: str | None = None
+    """System message that opens the conversation."""
+    max_new_tokens: int = 512
+    """Largest number of tokens in an answer."""
+    temperature: float = 0.7
+    """0 takes the most likely token; higher is more varied."""
+    top_p: float = 0.9
+    """Sample from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: str | None = None
+    """cpu, cuda, cuda:0 or auto; without it the GPU when there is one."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Run the conversation and return the JSON object."""
+        from codegemm_runtime import generation
+        from codegemm_runtime.loading import load_model, load_tokenizer
+
+        sampling = generation.Sampling(self.temperature, self.top_p, self.seed)
+        tokenizer = load_tokenizer(self.model)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        # The model comes second: a missing template is known before minutes of loading.
+        generation.check_chat_template(tokenizer)
+        chat = generation.Chat(load_model(self.model, self.device), tokenizer, sampling, self.max_new_tokens, messages)
+        turns = tokens = 0
+        while question := _ask():
+            try:
+                answer = chat.answer(question, _write)
+            except BadInput as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            print(" [stopped]" if answer.interrupted else "", flush=True)
+            turns, tokens = turns + 1, tokens + answer.tokens
+        return {"turns": turns, "tokens": tokens}
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show scheme, bits, bytes and per-layer table of a checkpoint, and what would not load and why."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder or hub name."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Print the table on stderr and return the JSON object."""
+        from codegemm_runtime.inspection import inspect_folder
+
+        inspection = inspect_folder(self.model)
+        print(inspection.table(), file=sys.stderr)
+        return inspection.summary()
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _ask() -> str:
+    """The next question; empty at the end of input."""
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    command: Generate | Chat | Inspect = tyro.cli(
+        Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Chat, tyro.conf.subcommand("chat")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")],
+        prog="codegemm-runtime",
+        args=arguments,
+    )
+    status = 0
+
+    def run() -> Mapping[str, Any]:
+        nonlocal status
+        result = command.run()
+        status = 2 if result.get("problems") else 0
+        return result
+
+    return run_command(run, debug=command.debug) or status

@@ -1,0 +1,98 @@
+"""The packed linear layer: what `nn.Linear` becomes when its weight is stored as codes."""
+
+from __future__ import annotations
+
+import torch
+from codegemm_kernels import ops
+from codegemm_kernels.autograd import gemm_with_grad
+from codegemm_kernels.scheme import CODES_PER_WORD, CodebookScheme
+from torch import Tensor, nn
+
+
+class CodebookLinear(nn.Module):
+    """`y = x W^T + bias` with W [out_features, in_features] stored as codes, codebooks and scales.
+
+    Parameters, all frozen: `codes` int32 [m, K/(4v), N], `codebooks` [m, 256, v], `scales` [G, N], `bias` [N] or None.
+    Those are the stored tensors and the kernels' tensors, so `state_dict` is the checkpoint. Construction leaves them
+    uninitialised, as they are about to be loaded. Gradients reach x, and the other tensors once they are unfrozen.
+    """
+
+    codes: nn.Parameter
+    codebooks: nn.Parameter
+    scales: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: CodebookScheme,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Raises BadInput when a matrix of this shape cannot be stored in `scheme`."""
+        super().__init__()
+        shapes = scheme.shapes(out_features, in_features)
+        self.codes = _frozen(torch.empty(shapes["codes"], dtype=torch.int32, device=device))
+        self.codebooks = _frozen(torch.empty(shapes["codebooks"], dtype=dtype, device=device))
+        self.scales = _frozen(torch.empty(shapes["scales"], dtype=dtype, device=device))
+        self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    @property
+    def in_features(self) -> int:
+        """K, the width of an input row."""
+        return self.codes.shape[1] * CODES_PER_WORD * self.codebooks.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        """N, the width of an output row."""
+        return self.codes.shape[2]
+
+    @property
+    def scheme(self) -> CodebookScheme:
+        """The scheme the tensors have; one scale a row reads as group size -1 whatever it was declared as."""
+        groups = self.scales.shape[0]
+        return CodebookScheme(
+            self.codebooks.shape[0], self.codebooks.shape[2], -1 if groups == 1 else self.in_features // groups
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to a new tensor [..., out_features].
+
+        Dtypes as in F.linear: under autocast everything is computed in the autocast dtype, outside it the op refuses
+        an x of another dtype than the weights (BadInput).
+        """
+        codebooks: Tensor = self.codebooks
+        scales: Tensor = self.scales
+        bias: Tensor | None = self.bias
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, codebooks, scales = x.to(dtype), codebooks.to(dtype), scales.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or codebooks.requires_grad
+            or scales.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
+            return gemm_with_grad(x, self.codes, codebooks, scales, bias)
+        y: Tensor = ops.gemm(x, self.codes, codebooks, scales, bias)
+        return y
+
+    def dequantize(self) -> Tensor:
+        """The weight [out_features, in_features] in the dtype of the codebooks."""
+        weight: Tensor = ops.dequantize(self.codes, self.codebooks, self.scales)
+        return weight
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme={self.scheme}, bias={self.bias is not None}"
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
