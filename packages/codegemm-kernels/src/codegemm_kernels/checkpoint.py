@@ -101,9 +101,7 @@ class CheckpointMetadata:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the codegemm block of config.json lacks or garbles {error}") from error
         if bits != CODEBOOK_BITS:
-            raise CheckpointError(
-                f"config.json declares {bits}-bit codes, but only {CODEBOOK_BITS}-bit ones are read"
-            )
+            raise CheckpointError(f"config.json declares {bits}-bit codes, but only {CODEBOOK_BITS}-bit ones are read")
         return cls(CodebookScheme(*scheme))
 
     @classmethod
@@ -127,9 +125,7 @@ class CheckpointMetadata:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises CheckpointError when there is none or it is no JSON object."""
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is no folder: give a checkpoint folder with config.json and safetensors files"
-        )
+        raise CheckpointError(f"{folder} is no folder: give a checkpoint folder with config.json and safetensors files")
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -28,7 +28,7 @@ def pack_codes(codes: Tensor) -> Tensor:
         raise BadInput(f"codes must lie in 0..{CODEBOOK_ENTRIES - 1}: these need more than 8 bits")
     quads = codes.to(torch.uint8).reshape(rows, vectors // CODES_PER_WORD, CODES_PER_WORD, num_codebooks)
     # Flat before the view: the strides of a one-element axis are arbitrary, and `view` wants multiples of four.
-    words = quads.permute(3, 1, 0, 2).reshape(-1).view(torch.int32)
+    words = quads.permute(3, 1, 0, 2).contiguous().reshape(-1).view(torch.int32)
     return words.reshape(num_codebooks, vectors // CODES_PER_WORD, rows)
 
 
@@ -37,5 +37,5 @@ def unpack_codes(packed: Tensor) -> Tensor:
     if packed.dtype != torch.int32 or packed.dim() != 3:
         raise BadInput(f"packed codes must be int32 [codebooks, words, rows], not {packed.dtype} {list(packed.shape)}")
     num_codebooks, words, rows = packed.shape
-    quads = packed.reshape(-1).view(torch.uint8).reshape(num_codebooks, words, rows, CODES_PER_WORD)
+    quads = packed.contiguous().unsqueeze(-1).view(torch.uint8)
     return quads.permute(2, 1, 3, 0).reshape(rows, words * CODES_PER_WORD, num_codebooks)

@@ -88,9 +88,7 @@ def _as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _gemm_cpu(
-    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def _gemm_cpu(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     N, K, num_groups = _check_weight(codes, codebooks, scales)
     _check_input(x, bias, codes, codebooks, N, K)
     y = x.new_empty((*x.shape[:-1], N))
@@ -119,9 +117,7 @@ def _gemm_cpu(
     return y
 
 
-def _gemm_cuda(
-    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _C.has_cuda:
         raise BadInput(_NO_CUDA)
     N, K, num_groups = _check_weight(codes, codebooks, scales)
@@ -154,9 +150,7 @@ def _gemm_cuda(
     return y
 
 
-def _gemm_fake(
-    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def _gemm_fake(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     N, K, _ = _check_weight(codes, codebooks, scales)
     _check_input(x, bias, codes, codebooks, N, K)
     return x.new_empty((*x.shape[:-1], N))
@@ -228,6 +222,6 @@ torch.library.register_fake("codegemm::gemm", _gemm_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::dequantize", _dequantize_fake, lib=_LIBRARY)
 
 gemm = torch.ops.codegemm.gemm.default
-"""`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]; one dtype throughout, sums in fp32. See csrc/codegemm.h."""
+"""`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]: one dtype throughout, sums in fp32."""
 dequantize = torch.ops.codegemm.dequantize.default
 """W [N, K] of a stored matrix, in the dtype of `codebooks`."""
