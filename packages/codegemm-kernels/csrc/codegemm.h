@@ -48,6 +48,8 @@ namespace cuda {
 // description of the failure that stays valid for the life of the program.
 const char* gemm(const Gemm& call, int device, void* stream);
 const char* dequantize(const Dequantize& call, int device, void* stream);
+// The same as `count` calls of gemm; one launch if they have the same x, rows, scheme, K and dtype (q|k|v, gate|up).
+const char* gemm_grouped(const Gemm* calls, int count, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace codegemm

@@ -3,6 +3,7 @@
 
 #include "device.h"
 #include "kernels.h"
+#include "product.h"
 
 namespace codegemm::cuda {
 
@@ -23,11 +24,68 @@ const DeviceLimits& device_limits(int device) {
   return limits;
 }
 
-const char* gemm(const Gemm& call, int device, void* stream) {
+namespace {
+
+bool is_fast(const Gemm& call) {
+  const Weight& w = call.weight;
+  const int64_t word_inputs = 4 * w.vector_length, group = w.in_features / w.num_groups;
+  return w.dtype != DType::kFloat32 && w.out_features % 4 == 0 && group % word_inputs == 0 &&
+         w.in_features < (int64_t(1) << 31) && w.out_features < (int64_t(1) << 31) && is_aligned(w.codes, 16) &&
+         is_aligned(w.codebooks, 16) && is_aligned(w.scales, 8) && is_aligned(call.x, 16) &&
+         call.x_row_stride % 8 == 0;
+}
+
+bool share_input(const Gemm& a, const Gemm& b) {
+  return a.x == b.x && a.x_row_stride == b.x_row_stride && a.rows == b.rows && a.weight.dtype == b.weight.dtype &&
+         a.weight.num_codebooks == b.weight.num_codebooks && a.weight.vector_length == b.weight.vector_length &&
+         a.weight.num_groups == b.weight.num_groups && a.weight.in_features == b.weight.in_features;
+}
+
+// Calls that one launch can compute: fast ones, up to kMmaTokens tokens at a time.
+const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
+  if (calls[0].rows == 1 && device_limits(device).capability >= 90)
+    return psumbook_gemm(calls, count, device, stream);
+  const int64_t element = 2, rows = calls[0].rows;
+  for (int64_t token = 0; token < rows; token += kMmaTokens) {
+    Gemm slice[kMaxSegments];
+    for (int i = 0; i < count; ++i) {
+      slice[i] = calls[i];
+      slice[i].rows = rows - token < kMmaTokens ? rows - token : kMmaTokens;
+      slice[i].x = static_cast<const char*>(calls[i].x) + token * calls[i].x_row_stride * element;
+      slice[i].y = static_cast<char*>(calls[i].y) + token * calls[i].weight.out_features * element;
+    }
+    if (const char* error = codebook_mma_gemm(slice, count, device, stream)) return error;
+  }
+  return nullptr;
+}
+
+const char* any_gemm(const Gemm& call, int device, cudaStream_t stream) {
+  if (call.rows == 0 || call.weight.out_features == 0) return nullptr;
+  if (is_fast(call)) {
+    const char* error = fast_gemm(&call, 1, device, stream);
+    if (error != kDoesNotFit) return error;
+  }
+  return general_gemm(call, stream);
+}
+
+}  // namespace
+
+const char* gemm(const Gemm& call, int device, void* stream) { return gemm_grouped(&call, 1, device, stream); }
+
+const char* gemm_grouped(const Gemm* calls, int count, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error) return guard.error;
-  if (call.rows == 0 || call.weight.out_features == 0) return nullptr;
-  return general_gemm(call, static_cast<cudaStream_t>(stream));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  bool together = count > 1 && count <= kMaxSegments && calls[0].rows > 0;
+  for (int i = 0; together && i < count; ++i)
+    together = is_fast(calls[i]) && share_input(calls[0], calls[i]) && calls[i].weight.out_features > 0;
+  if (together) {
+    const char* error = fast_gemm(calls, count, device, queue);
+    if (error != kDoesNotFit) return error;
+  }
+  for (int i = 0; i < count; ++i)
+    if (const char* error = any_gemm(calls[i], device, queue)) return error;
+  return nullptr;
 }
 
 }  // namespace codegemm::cuda

@@ -1,4 +1,4 @@
-// The kernel families behind codegemm::cuda::gemm. Each launches on `stream` of the current device.
+// The kernel families behind codegemm::cuda::gemm. Each launches on `stream` of the current device, which is `device`.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -6,7 +6,18 @@
 
 namespace codegemm::cuda {
 
-// general.cu: every scheme, dtype, shape and alignment.
+constexpr int kMmaTokens = 64;  // the most tokens one launch of the tensor-core kernel takes
+
+// Returned when a scheme's tables and one tile of sums exceed the shared memory of the device: nothing was launched.
+inline constexpr const char* kDoesNotFit = "the GPU has too little shared memory for this kernel";
+
+// general.cu: every scheme, dtype, shape and alignment; sums in one thread an output.
 const char* general_gemm(const Gemm& call, cudaStream_t stream);
+
+// The fast families: fp16 and bf16, out_features a multiple of 4, groups of whole code words, aligned tensors; `count`
+// calls (1 to 4) with the same x, rows, m, v, G, K and dtype in one launch.
+// psumbook.cu: one token, sm_90 and later. codebook_mma.cu: 1 to kMmaTokens tokens.
+const char* psumbook_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);
+const char* codebook_mma_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);
 
 }  // namespace codegemm::cuda

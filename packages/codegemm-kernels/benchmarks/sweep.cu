@@ -1,0 +1,195 @@
+// Times tile constants and launch plans of the fast kernels against reading the same bytes. Needs nvcc and a GPU only:
+//   nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc benchmarks/sweep.cu -o sweep && ./sweep results.jsonl
+#include <cmath>
+#include <string>
+
+#include "cuda/codebook_mma.cuh"
+#include "cuda/psumbook.cuh"
+#include "cuda/launch.h"
+#include "measure.cuh"
+
+using namespace codegemm;
+using namespace codegemm::cuda;
+using bench::Buffer;
+
+namespace {
+
+constexpr size_t kPoolBytes = size_t(1) << 30;
+constexpr int kSharedLimit = 227 * 1024;
+using T = __half;
+
+struct Data {
+  Buffer<uint32_t> codes{kPoolBytes / 4};
+  Buffer<T> codebooks{4 * 256 * 16}, scales{size_t(64) << 20}, x{64 * 32768}, y{64 * 65536 * 2};
+  Buffer<uint32_t> never{1};
+};
+
+struct Problem {
+  int rows, columns, m, v, g, tokens;
+};
+
+Gemm make_call(const Data& d, const Problem& q, int copy) {
+  const size_t words = size_t(q.m) * q.columns / (4 * q.v) * q.rows;
+  const size_t copies = std::max<size_t>(1, d.codes.count / words);
+  const int64_t groups = q.g < 0 ? 1 : q.columns / q.g;
+  const size_t scale_copies = std::max<size_t>(1, d.scales.count / (groups * q.rows));
+  const Weight weight = {d.codes.data + copy % copies * words, d.codebooks.data,
+                         d.scales.data + copy % scale_copies * groups * q.rows, q.m, q.v, groups, q.rows, q.columns,
+                         DType::kFloat16};
+  return {weight, d.x.data, q.columns, nullptr, d.y.data, q.tokens};
+}
+
+int copies_for(const Problem& q) {  // enough that nothing stays in the 60 MB of L2, at least 12 launches
+  const double bytes = double(q.m) * q.columns / q.v * q.rows;
+  return std::clamp(int(320e6 / bytes), 12, 60);
+}
+
+void report(FILE* out, const Problem& q, const char* kernel, const std::string& plan, double us, double stream) {
+  std::fprintf(out,
+               "{\"N\":%d,\"K\":%d,\"scheme\":\"m%dv%dg%d\",\"batch\":%d,\"kernel\":\"%s\",\"plan\":\"%s\",\"us\":%.2f,"
+               "\"stream\":%.2f,\"ratio\":%.3f}\n",
+               q.rows, q.columns, q.m, q.v, q.g, q.tokens, kernel, plan.c_str(), us, stream, us / stream);
+  std::fflush(out);
+}
+
+template <int V, int kShare, int kSlots, int kThreads, int kBlocks>
+void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
+  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kThreads, kBlocks>;
+  for (int cluster : {4, 8, 16}) {
+    for (int warps = kThreads / 32; warps >= kThreads / 64; warps -= 4) {
+      Gemm call = make_call(d, q, 0);
+      Product p = make_product(&call, 1);
+      const int table = kSlots / 2 * kPsumbookPairBytes;
+      LaunchConfig config = {0, warps * 32, table + 16 * 1024, cluster, dependent};
+      int clusters = active_clusters(kernel, config);
+      if (clusters == 0) continue;
+      p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), 16) * 16);
+      config.shared_bytes = table + p.rows_per_range * 4;
+      if (config.shared_bytes > kSharedLimit) continue;
+      const int fit = active_clusters(kernel, config);
+      const int ranges = int(ceil_div(q.rows, p.rows_per_range));
+      config.blocks = ranges * cluster;
+      const double us = bench::graph_time(copies_for(q), 7, [&](int i, cudaStream_t stream) {
+        Gemm c = make_call(d, q, i);
+        Product product = make_product(&c, 1);
+        product.rows_per_range = p.rows_per_range;
+        bench::require(launch_kernel(kernel, config, stream, product), "psumbook");
+      });
+      char plan[160];
+      std::snprintf(plan, sizeof plan, "slots %d threads %d blocks %d | cluster %d warps %d ranges %d fit %d rows %d%s",
+                    kSlots, kThreads, kBlocks, cluster, warps, ranges, fit, p.rows_per_range, dependent ? " pdl" : "");
+      call.y = d.y.data;
+      report(out, q, "psumbook", plan, us, stream_us);
+    }
+  }
+}
+
+template <int V, int kTokenTiles, bool kScaleSums, int kThreads, int kBlocks>
+void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
+  const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kThreads, kBlocks>;
+  const int tables = (q.m + 1) / 2 * kMmaTableBytes, step_bytes = V / 2 * kTokenTiles * 512;
+  for (int cluster : {1, 2, 4, 8, 16}) {
+    for (int warps : {kThreads / 32, kThreads / 64}) {
+      for (int k_warps : {1, 2, 4}) {
+        Gemm call = make_call(d, q, 0);
+        Product p = make_product(&call, 1);
+        MmaShape shape = {k_warps, 0, 0};
+        const int steps = (p.words + 3) / 4, slice = (steps + cluster - 1) / cluster;
+        const int limit = kBlocks > 1 ? kSharedLimit / kBlocks - 1024 : kSharedLimit;
+        shape.chunk_steps = std::min(slice, (limit - tables) / 2 / step_bytes);
+        if (shape.chunk_steps < 1) continue;
+        const int clusters_guess = std::max(1, 132 * kBlocks / cluster);
+        int rows = int(ceil_div(ceil_div(q.rows, clusters_guess), 32) * 32);
+        const int room = (limit - tables - shape.chunk_steps * step_bytes) / (k_warps * 8 * kTokenTiles * 4) - 4;
+        const int passes = int(ceil_div(rows, std::max(32, room / 32 * 32)));
+        rows = int(ceil_div(ceil_div(rows, passes), 32) * 32);
+        p.rows_per_range = rows;
+        LaunchConfig config = {0, warps * 32,
+                               tables + shape.chunk_steps * step_bytes + k_warps * 8 * kTokenTiles * (rows + 4) * 4,
+                               cluster, dependent};
+        if (config.shared_bytes > kSharedLimit) continue;
+        const int clusters = active_clusters(kernel, config);
+        if (clusters == 0) continue;
+        shape.num_ranges = int(ceil_div(q.rows, rows));
+        config.blocks = std::min(clusters, shape.num_ranges) * cluster;
+        const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
+          Gemm c = make_call(d, q, i);
+          Product product = make_product(&c, 1);
+          product.rows_per_range = rows;
+          bench::require(launch_kernel(kernel, config, stream, product, shape), "codebook_mma");
+        });
+        char plan[160];
+        std::snprintf(plan, sizeof plan,
+                      "tiles %d sums %d threads %d blocks %d | cluster %d warps %d/%d chunk %d of %d ranges %d fit %d rows %d%s",
+                      kTokenTiles, kScaleSums, kThreads, kBlocks, cluster, warps, k_warps, shape.chunk_steps, slice,
+                      shape.num_ranges, clusters, rows, dependent ? " pdl" : "");
+        report(out, q, "mma", plan, us, stream_us);
+      }
+    }
+  }
+}
+
+double stream_time(const Data& d, const Problem& q) {
+  const size_t bytes = size_t(q.m) * q.columns / q.v * q.rows;
+  double best = 1e9;
+  for (int blocks : {132, 264, 528, 1056})
+    best = std::min(best, bench::graph_time(copies_for(q), 7, [&](int i, cudaStream_t stream) {
+      bench::read_bytes<<<blocks, 512, 0, stream>>>(reinterpret_cast<const uint4*>(make_call(d, q, i).weight.codes),
+                                                    bytes / 16, d.never.data);
+    }));
+  return best;
+}
+
+template <int V, int kShare>
+void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
+  for (bool dependent : {false, true}) {
+    time_psumbook<V, kShare, 2, 512, 1>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 2, 512, 2>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 2, 1024, 1>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 2, 256, 3>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 4, 512, 1>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 4, 1024, 1>(out, d, q, stream, dependent);
+    time_mma<V, 1, true, 512, 1>(out, d, q, stream, dependent);
+  }
+}
+
+template <int V>
+void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
+  q.tokens = 8;
+  time_mma<V, 1, true, 512, 1>(out, d, q, stream, false);
+  time_mma<V, 1, true, 256, 2>(out, d, q, stream, false);
+  time_mma<V, 1, false, 512, 1>(out, d, q, stream, false);
+  q.tokens = 16;
+  time_mma<V, 2, true, 512, 1>(out, d, q, stream, false);
+  q.tokens = 32;
+  time_mma<V, 4, false, 512, 1>(out, d, q, stream, false);
+  q.tokens = 64;
+  time_mma<V, 8, false, 256, 1>(out, d, q, stream, false);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  FILE* out = argc > 1 ? std::fopen(argv[1], "w") : stdout;
+  const bool quick = argc > 2;
+  Data d;
+  bench::fill_words<<<1024, 256>>>(d.codes.data, d.codes.count, 1);
+  bench::fill_floats<T><<<1024, 256>>>(d.codebooks.data, d.codebooks.count, 2, 0.0f, 0.5f);
+  bench::fill_floats<T><<<1024, 256>>>(d.scales.data, d.scales.count, 3, 0.02f, 0.005f);
+  bench::fill_floats<T><<<1024, 256>>>(d.x.data, d.x.count, 4, 0.0f, 1.0f);
+  bench::require(cudaDeviceSynchronize(), "random data");
+  const int shapes[][2] = {{28672, 4096}, {4096, 4096},  {4096, 14336}, {57344, 8192},
+                           {8192, 28672}, {6144, 4096}, {8192, 8192},  {10240, 8192}};
+  for (const auto& s : shapes) {
+    Problem q = {s[0], s[1], 1, 4, 128, 1};
+    const double stream = stream_time(d, q);
+    report(out, q, "stream", "", stream, stream);
+    sweep_batch_1<4, 1>(out, d, q, stream);
+    sweep_batches<4>(out, d, q, stream);
+    q = {s[0], s[1], 2, 8, 128, 1};
+    sweep_batch_1<8, 2>(out, d, q, stream);
+    sweep_batches<8>(out, d, q, stream);
+    if (quick) break;
+  }
+  return 0;
+}

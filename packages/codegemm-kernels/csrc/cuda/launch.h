@@ -1,0 +1,66 @@
+// Launching a kernel with its shared memory, cluster and dependent-launch attributes set.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "device.h"
+
+namespace codegemm::cuda {
+
+struct LaunchConfig {
+  int blocks;
+  int threads;
+  int shared_bytes;
+  int cluster;     // blocks a cluster; 1 before sm_90
+  bool dependent;  // may start before the previous kernel of the stream has ended (sm_90 and later)
+};
+
+// Raises the kernel's limits, once a device and kernel; returns null or the failure.
+template <typename... Parameters>
+const char* prepare_kernel(void (*kernel)(Parameters...), int shared_bytes, int cluster) {
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess && cluster > 8)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return DeviceGuard::describe(status);
+}
+
+template <typename... Parameters>
+const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config, cudaStream_t stream,
+                          const Parameters&... parameters) {
+  if (const char* error = prepare_kernel(kernel, config.shared_bytes, config.cluster)) return error;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(config.blocks);
+  launch.blockDim = dim3(config.threads);
+  launch.dynamicSmemBytes = config.shared_bytes;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  if (config.cluster > 1) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[launch.numAttrs++].val.clusterDim = {unsigned(config.cluster), 1, 1};
+  }
+  if (config.dependent) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return DeviceGuard::describe(cudaLaunchKernelEx(&launch, kernel, parameters...));
+}
+
+// Clusters of this size and shared memory that fit on the device at once; 0 if the kernel cannot run.
+template <typename... Parameters>
+int active_clusters(void (*kernel)(Parameters...), const LaunchConfig& config) {
+  if (prepare_kernel(kernel, config.shared_bytes, config.cluster)) return 0;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(config.cluster), 1, 1};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(config.cluster * 256);
+  launch.blockDim = dim3(config.threads);
+  launch.dynamicSmemBytes = config.shared_bytes;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  int clusters = 0;
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch);
+  return DeviceGuard::describe(status) ? 0 : clusters;
+}
+
+}  // namespace codegemm::cuda

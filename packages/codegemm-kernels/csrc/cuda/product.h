@@ -1,0 +1,55 @@
+// The parameter block of the fast kernels: up to four weights that multiply the same x in one launch.
+#pragma once
+#include <cstdint>
+
+#include "codegemm.h"
+
+namespace codegemm::cuda {
+
+constexpr int kMaxSegments = 4;
+
+// One weight of the launch. Its rows are rows first_row .. first_row + out_features - 1 of the launch.
+struct Segment {
+  const uint32_t* codes;
+  const void* codebooks;
+  const void* scales;
+  const void* bias;  // or null
+  void* y;
+  int64_t out_features;
+  int64_t first_row;
+};
+
+struct Product {
+  Segment segment[kMaxSegments];
+  int segments;
+  int num_codebooks;
+  int words;            // K/(4v), 32-bit words of codes a row and codebook
+  int words_per_group;  // g/(4v)
+  int tokens;           // M
+  int rows_per_range;   // rows of the launch that one cluster computes, a multiple of the kernel's row tile
+  int64_t total_rows;
+  const void* x;
+  int64_t x_row_stride;
+};
+
+// The launch that computes `count` products of the same x, rows_per_range still to be chosen.
+inline Product make_product(const Gemm* calls, int count) {
+  const Weight& weight = calls[0].weight;
+  Product product = {};
+  product.segments = count;
+  product.num_codebooks = weight.num_codebooks;
+  product.words = int(weight.in_features / (4 * weight.vector_length));
+  product.words_per_group = int(product.words / weight.num_groups);
+  product.tokens = int(calls[0].rows);
+  product.x = calls[0].x;
+  product.x_row_stride = calls[0].x_row_stride;
+  for (int i = 0; i < count; ++i) {
+    const Weight& w = calls[i].weight;
+    product.segment[i] = {w.codes, w.codebooks, w.scales, calls[i].bias, calls[i].y, w.out_features,
+                          product.total_rows};
+    product.total_rows += w.out_features;
+  }
+  return product;
+}
+
+}  // namespace codegemm::cuda

@@ -1,0 +1,63 @@
+// Launcher of the psumbook kernel: 2 dtypes x 3 vector lengths x (scales shared by two codebooks or not).
+#include "psumbook.cuh"
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace codegemm::cuda {
+namespace {
+
+constexpr int kSlots = 2, kThreads = 512, kBlocks = 1;
+constexpr int kTableBytes = kSlots / 2 * kPsumbookPairBytes;
+
+// Clusters of a size that run at once, asked for once a kernel and device.
+template <typename... Parameters>
+int resident_clusters(void (*kernel)(Parameters...), int device, int cluster) {
+  static int known[64][17] = {};  // 0: not asked yet
+  int& clusters = known[device][cluster];
+  if (clusters == 0) {
+    const LaunchConfig config = {0, kThreads, kTableBytes + 16 * 1024, cluster, false};
+    clusters = std::max(active_clusters(kernel, config), -1);
+    if (clusters == 0) clusters = -1;
+  }
+  return clusters;
+}
+
+template <typename T, int V, int kShare>
+const char* launch(Product product, int device, cudaStream_t stream) {
+  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kThreads, kBlocks>;
+  const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
+  int cluster = 16;
+  while (cluster > 1 && (units < cluster || resident_clusters(kernel, device, cluster) < 1)) cluster /= 2;
+  const int clusters = resident_clusters(kernel, device, cluster);
+  if (clusters < 1) return kDoesNotFit;
+  const int64_t most = (device_limits(device).shared_bytes - kTableBytes) / 4 / kPsumbookTileRows * kPsumbookTileRows;
+  const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), kPsumbookTileRows) * kPsumbookTileRows;
+  product.rows_per_range = int(std::min(most, even));
+  const int ranges = int(ceil_div(product.total_rows, product.rows_per_range));
+  const LaunchConfig config = {ranges * cluster, kThreads, kTableBytes + product.rows_per_range * 4, cluster, true};
+  return launch_kernel(kernel, config, stream, product);
+}
+
+template <typename T>
+const char* launch_scheme(const Product& product, int vector_length, int device, cudaStream_t stream) {
+  const bool even = product.num_codebooks % 2 == 0;  // pairs of codebooks share a scale
+  switch (vector_length) {
+    case 4: return even ? launch<T, 4, 2>(product, device, stream) : launch<T, 4, 1>(product, device, stream);
+    case 8: return even ? launch<T, 8, 2>(product, device, stream) : launch<T, 8, 1>(product, device, stream);
+    default: return even ? launch<T, 16, 2>(product, device, stream) : launch<T, 16, 1>(product, device, stream);
+  }
+}
+
+}  // namespace
+
+const char* psumbook_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
+  const Product product = make_product(calls, count);
+  const int v = calls[0].weight.vector_length;
+  return calls[0].weight.dtype == DType::kFloat16 ? launch_scheme<__half>(product, v, device, stream)
+                                                  : launch_scheme<__nv_bfloat16>(product, v, device, stream);
+}
+
+}  // namespace codegemm::cuda
