@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from codegemm_eval.score import DENSE, FolderScore
@@ -32,7 +33,7 @@ def save_chart(scores: Sequence[FolderScore], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 + 1.3 * len(scores), 4.4), layout="constrained")
+    figure = Figure(figsize=(2.5 + 2.6 * len(scores), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     size, quality = figure.subplots(1, 2)
     _draw_bars(size, scores, [score.bytes / 1e6 for score in scores], "Checkpoint size", "megabytes", "{:.1f} MB")
@@ -54,7 +55,7 @@ def _align(cell: str, width: int, column: int) -> str:
 
 
 def _draw_bars(axes: Any, scores: Sequence[FolderScore], values: list[float], title: str, unit: str, form: str) -> None:
-    labels = [f"{s.name}\n{s.scheme}\n{s.bits_per_weight:.2f} bits/weight" for s in scores]
+    labels = [f"{fill(s.name, 18)}\n{s.scheme}\n{s.bits_per_weight:.2f} bits/weight" for s in scores]
     colours = [_DENSE_COLOUR if s.scheme == DENSE else _QUANTIZED_COLOUR for s in scores]
     bars = axes.bar(range(len(values)), values, width=0.6, color=colours)
     axes.bar_label(bars, labels=[form.format(value) for value in values], padding=3, fontsize=10)
