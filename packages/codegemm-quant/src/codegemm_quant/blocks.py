@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from codegemm_kernels import BadInput
 from torch import Tensor, nn
+
+from codegemm_kernels import BadInput
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,8 @@ def _input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) ->
         raise _BlockReached
 
     with _hooks([(block.get_submodule(linear), stop)]):
-        try:
+        with suppress(_BlockReached):
             call.run(block, hidden)
-        except _BlockReached:
-            pass
     return caught[0]
 
 

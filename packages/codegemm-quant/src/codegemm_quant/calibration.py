@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codegemm_kernels import BadInput
 from torch import Tensor
+
+from codegemm_kernels import BadInput
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 DATASETS = ("wikitext2", "c4", "slimpajama")

@@ -1,27 +1,34 @@
-"""The command `codegemm-quant`."""
+"""The command `codegemm-quant`: quantize."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Any
+
+import tyro
 
 from codegemm_kernels.errors import run_command
+from codegemm_quant.config import QuantizeConfig
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    import tyro
+@dataclass(frozen=True)
+class Quantize(QuantizeConfig):
+    """Compress a language model to codebook indices, calibrated on text."""
 
-    from codegemm_quant.config import QuantizeConfig
+    model: tyro.conf.Positional[str]
+    """Folder or hub name of a dense transformers model."""
+    debug: bool = False
+    """Show the traceback of a failure."""
 
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    command = Annotated[QuantizeConfig, tyro.conf.subcommand("quantize")]
-
-    def run() -> dict[str, Any]:
-        chosen = tyro.cli(command, prog="codegemm-quant", args=arguments, config=(tyro.conf.AvoidSubcommands,))
+    def run(self) -> dict[str, Any]:
+        """Quantise and return the JSON object."""
         from codegemm_quant.ptq import quantize
 
-        return quantize(chosen)
+        return quantize(QuantizeConfig(**{field.name: getattr(self, field.name) for field in fields(QuantizeConfig)}))
 
-    sys.exit(run_command(run, debug=debug))
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    command = tyro.extras.subcommand_cli_from_dict({"quantize": Quantize}, prog="codegemm-quant", args=arguments)
+    sys.exit(run_command(command.run, debug=command.debug))

@@ -32,28 +32,28 @@ class QuantizeConfig:
     """Continue an interrupted run with the same settings."""
     skip: tuple[str, ...] = ()
     """Linear layers to leave dense: patterns of module names, such as '*.down_proj'."""
-    rounds: int = 4
+    rounds: int = 2
     """Alternations of least squares and code sweeps for each matrix."""
     damping: float = 0.01
     """Share of the mean diagonal of H added to its diagonal."""
-    tune_epochs: int = 4
+    tune_epochs: int = 2
     """Passes over the calibration windows that tune each block's codebooks, scales and norms; 0 to leave out."""
-    tune_samples: int = 256
-    """At most so many calibration windows are used for tuning."""
-    tune_learning_rate: float = 2e-3
+    tune_learning_rate: float = 4e-3
     """Largest step of the block tuning, relative to the size of each parameter."""
     model_epochs: int = 4
     """Passes over the calibration windows that tune all blocks together against the dense model; 0 to leave out."""
-    model_learning_rate: float = 1e-3
+    model_learning_rate: float = 2e-3
     """Largest step of the whole model's tuning, relative to the size of each parameter."""
 
     def __post_init__(self) -> None:
         CodebookScheme.parse(self.scheme)
-        for name, low in (("samples", 1), ("sequence_length", 2), ("rounds", 0), ("tune_epochs", 0)):
+        lowest = {"samples": 1, "sequence_length": 2, "rounds": 0, "tune_epochs": 0, "model_epochs": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise BadInput(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if not self.damping >= 0 or not self.tune_learning_rate > 0:
-            raise BadInput("damping must not be negative and tune_learning_rate must be positive")
+        for name in ("damping", "tune_learning_rate", "model_learning_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise BadInput(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result: what a resumed run must have in common with the interrupted one."""

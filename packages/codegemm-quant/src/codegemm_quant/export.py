@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codegemm_kernels import CheckpointMetadata
 from torch import Tensor, nn
+
+from codegemm_kernels import CheckpointMetadata
 
 
 def export_checkpoint(

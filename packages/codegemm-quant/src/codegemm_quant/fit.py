@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from codegemm_kernels import CodebookScheme, NumericalError
-from codegemm_kernels.scheme import CODEBOOK_ENTRIES
 from torch import Tensor
 
+from codegemm_kernels import CodebookScheme, NumericalError
+from codegemm_kernels.scheme import CODEBOOK_ENTRIES
 from codegemm_quant.kmeans import initialise
 from codegemm_quant.search import feedback_codes, sweep
 from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
@@ -36,7 +36,8 @@ def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     layers got wrong is corrected here as far as a linear map can.
     """
     lower = torch.linalg.cholesky(hessian)
-    return torch.cholesky_solve((weight @ cross).t(), lower).t().contiguous()
+    solved: Tensor = torch.cholesky_solve((weight @ cross).t(), lower)
+    return solved.t().contiguous()
 
 
 def relative_error(weight: Tensor, hessian: Tensor, approximation: Tensor) -> float:
@@ -58,9 +59,10 @@ def fit_matrix(
     generator: torch.Generator,
     name: str = "matrix",
 ) -> FitResult:
-    """Find codes, codebooks and scales whose outputs on the quantised model's inputs x equal weight @ d on dense ones.
+    """Find codes, codebooks and scales whose outputs on the quantised model's inputs are the dense model's outputs.
 
-    weight [N, K], hessian H = E[x xᵀ], cross C = E[d xᵀ], both [K, K]. k-means weighted by diag(H); one pass of codes with error feedback; then `rounds` of least squares for codebooks
+    weight [N, K]; H = E[x xᵀ] and C = E[d xᵀ], both [K, K], of the inputs x of the quantised and d of the dense model.
+    k-means weighted by diag(H); one pass of codes with error feedback; then `rounds` of least squares for codebooks
     and scales (conjugate gradients) and a sweep over the codes. The result is the best state seen, judged on values
     rounded to `dtype`. Raises NumericalError when the objective stops being finite.
     """
@@ -95,6 +97,7 @@ def inverse_factor(hessian: Tensor, name: str) -> Tensor:
     """The upper Cholesky factor of H⁻¹. Raises NumericalError when H is singular in spite of its damping."""
     lower, info = torch.linalg.cholesky_ex(hessian)
     if not int(info):
+        factor: Tensor
         factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(info):
             return factor

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from codegemm_kernels import unpack_codes
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codegemm_kernels import unpack_codes
 from codegemm_quant.weight import CodebookWeight
 
 
@@ -64,7 +64,7 @@ class FittedLinear(nn.Module):
     def collect_gradients(self) -> None:
         """Turn the gradient of the dense weight into gradients of codebooks and scales."""
         if self._graph is not None and self.dense.grad is not None:
-            self._graph.backward(self.dense.grad.float())  # type: ignore[no-untyped-call]
+            self._graph.backward(self.dense.grad.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the compute dtype."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CodebookScheme
 from torch import Tensor
 
+from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CodebookScheme
 from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
 
 LLOYD_ROUNDS = 20

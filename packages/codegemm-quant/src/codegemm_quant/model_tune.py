@@ -48,7 +48,7 @@ def tune_model(
         total = torch.zeros((), device=batches[index].device)
         for tokens in batches[index].split(share):
             part = piece(tokens) * (len(tokens) / len(batches[index]))
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             total += part.detach()
         return total
 

@@ -1,4 +1,4 @@
-"""The work folder of a run in progress: settings, and one file for each finished block, each written whole or not at all."""
+"""The work folder of a run in progress: settings, and a file for each finished block, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from codegemm_kernels import BadInput
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from codegemm_kernels import BadInput
 
 
 class ProgressStore:

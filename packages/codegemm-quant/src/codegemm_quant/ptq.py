@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError
 from codegemm_quant.blocks import (
     BlockCall,
     capture_calls,
@@ -30,6 +30,7 @@ from codegemm_quant.config import QuantizeConfig
 from codegemm_quant.export import export_checkpoint
 from codegemm_quant.fit import fit_matrix
 from codegemm_quant.fitted_linear import FittedLinear
+from codegemm_quant.loading import choose_device, compute_dtype, load_dense
 from codegemm_quant.model_tune import tune_model
 from codegemm_quant.progress_store import ProgressStore
 from codegemm_quant.tuning import tune_block
@@ -73,7 +74,8 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
         raise BadInput(f"{out} exists already: choose another --out or delete it")
     scheme = CodebookScheme.parse(config.scheme)
     device = choose_device(config.device)
-    model, tokenizer = _load(config.model)
+    model, tokenizer = load_dense(config.model)
+    _check_length(model, config.sequence_length)
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for name, linear in find_linears(block, f"{prefix}.{index}", config.skip).items():
@@ -107,39 +109,10 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     }
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the first GPU, or else the CPU. Raises BadInput when it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"unknown device {name!r}: use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def compute_dtype(model: torch.dtype, device: torch.device) -> torch.dtype:
-    """What blocks are run in: the model's dtype, or bf16 for fp32 models on a GPU; fp32 on a CPU without bf16 units."""
-    if device.type == "cuda":
-        return torch.bfloat16 if model == torch.float32 else model
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast and model == torch.bfloat16 else torch.float32
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
-        raise BadInput(f"model {name} is neither a folder nor a hub name such as owner/name")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder} is no model folder: it has no config.json")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise BadInput(f"{name} is quantised already: give the dense model")
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+def _check_length(model: Any, sequence_length: int) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise BadInput(f"sequence_length {sequence_length} is more than the {longest} positions the model has")
 
 
 def _quantize_blocks(
@@ -204,22 +177,22 @@ def _quantize_block(
         hessian, cross = input_moments(work, dense, group[0], streams.call, streams.inputs, streams.dense_inputs)
         for linear in group:
             progress.set_postfix(block=index, fitting=linear)
-            fit = fit_matrix(
-                modules[linear].weight.detach(),
-                hessian,
-                cross,
-                setting.scheme,
-                rounds=config.rounds,
-                damping=config.damping,
-                dtype=setting.stored,
-                generator=generator,
-                name=f"{name}.{linear}",
-            )
+            with torch.autocast(setting.device.type, enabled=False):  # the fit is fp32 throughout
+                fit = fit_matrix(
+                    modules[linear].weight.detach(),
+                    hessian,
+                    cross,
+                    setting.scheme,
+                    rounds=config.rounds,
+                    damping=config.damping,
+                    dtype=setting.stored,
+                    generator=generator,
+                    name=f"{name}.{linear}",
+                )
             errors[linear] = fit.relative_error
             work.set_submodule(linear, FittedLinear(fit.weight, modules[linear].bias, setting.compute))
     for parameter in work.parameters():
         parameter.data = parameter.data.float()
-    limit = max(1, config.tune_samples // len(streams.inputs[0]))
 
     def show(loss: float) -> None:
         progress.set_postfix(block=index, tuning=f"{loss:.4f}")
@@ -229,8 +202,8 @@ def _quantize_block(
         tuned = tune_block(
             work,
             streams.call,
-            streams.inputs[:limit],
-            streams.targets[:limit],
+            streams.inputs,
+            streams.targets,
             epochs=config.tune_epochs,
             learning_rate=config.tune_learning_rate,
             generator=generator,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from codegemm_kernels import NumericalError
 from torch import Tensor, nn
 
+from codegemm_kernels import NumericalError
 from codegemm_quant.blocks import BlockCall
 from codegemm_quant.fitted_linear import FittedLinear
 
@@ -110,7 +110,7 @@ def tune_block(
 
     def gradients(index: int) -> Tensor:
         value = loss(index)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.detach()
 
     return tune(

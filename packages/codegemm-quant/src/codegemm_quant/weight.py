@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from codegemm_kernels import CodebookScheme, pack_codes
 from torch import Tensor
+
+from codegemm_kernels import CodebookScheme, pack_codes
 
 
 @dataclass
@@ -58,7 +59,7 @@ class CodebookWeight:
 
 def expand_codebooks(codes: Tensor, codebooks: Tensor) -> Tensor:
     """Sum over codebooks of the chosen entries: codes [N, J, m], codebooks [m, C, v] -> [N, J*v]."""
-    rows, vectors, num_codebooks = codes.shape
+    rows, _, num_codebooks = codes.shape
     total = torch.nn.functional.embedding(codes[:, :, 0], codebooks[0])
     for i in range(1, num_codebooks):
         total = total + torch.nn.functional.embedding(codes[:, :, i], codebooks[i])
