@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "models" / "pylm-4m"
 MEASURED_SHARE = 0.1
@@ -55,6 +53,8 @@ class Quickstart:
 
 def main() -> None:
     """Entry point."""
+    import tyro
+
     config = tyro.cli(Quickstart, description=__doc__)
     say("importing torch and transformers")
     from codegemm_kernels.errors import run_command
