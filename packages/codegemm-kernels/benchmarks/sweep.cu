@@ -52,20 +52,24 @@ void report(FILE* out, const Problem& q, const char* kernel, const std::string& 
   std::fflush(out);
 }
 
-template <int V, int kShare, int kSlots, int kThreads, int kBlocks>
-void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
-  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kThreads, kBlocks>;
-  for (int cluster : {4, 8, 16}) {
-    for (int warps = kThreads / 32; warps >= kThreads / 64; warps -= 4) {
+template <int V, int kShare, int kSlots>
+void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent, int ablate) {
+  const auto kernel = psumbook_kernel<T, V, kShare, kSlots>;
+  constexpr int kThreads = kConsumerWarps * 32 + 32;
+  for (int cluster : {2, 4, 8, 16}) {
+    for (int stages : {2, 3, 4, 8}) {
       Gemm call = make_call(d, q, 0);
       Product p = make_product(&call, 1);
-      const int table = kSlots / 2 * kPsumbookPairBytes;
-      LaunchConfig config = {0, warps * 32, table + 16 * 1024, cluster, dependent};
-      int clusters = active_clusters(kernel, config);
+      LaunchConfig config = {0, kThreads, 200 * 1024, cluster, dependent};
+      const int clusters = active_clusters(kernel, config);
       if (clusters == 0) continue;
       p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), 16) * 16);
-      config.shared_bytes = table + p.rows_per_range * 4;
-      if (config.shared_bytes > kSharedLimit) continue;
+      PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, cluster, stages);
+#ifdef CODEGEMM_ABLATE
+      layout.ablate = ablate;
+#endif
+      config.shared_bytes = layout.bytes;
+      if (config.shared_bytes > kSharedLimit - 2048) continue;
       const int fit = active_clusters(kernel, config);
       const int ranges = int(ceil_div(q.rows, p.rows_per_range));
       config.blocks = ranges * cluster;
@@ -73,13 +77,12 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
         Gemm c = make_call(d, q, i);
         Product product = make_product(&c, 1);
         product.rows_per_range = p.rows_per_range;
-        bench::require(launch_kernel(kernel, config, stream, product), "psumbook");
+        bench::require(launch_kernel(kernel, config, stream, product, layout), "psumbook");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "slots %d threads %d blocks %d | cluster %d warps %d ranges %d fit %d rows %d%s",
-                    kSlots, kThreads, kBlocks, cluster, warps, ranges, fit, p.rows_per_range, dependent ? " pdl" : "");
-      call.y = d.y.data;
-      report(out, q, "psumbook", plan, us, stream_us);
+      std::snprintf(plan, sizeof plan, "slots %d | cluster %d stages %d ranges %d fit %d rows %d shared %d ablate %d%s", kSlots,
+                    cluster, stages, ranges, fit, p.rows_per_range, layout.bytes, ablate, dependent ? " pdl" : "");
+      report(out, q, ablate ? "ablated" : "psumbook", plan, us, stream_us);
     }
   }
 }
@@ -143,14 +146,12 @@ double stream_time(const Data& d, const Problem& q) {
 template <int V, int kShare>
 void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
   for (bool dependent : {false, true}) {
-    time_psumbook<V, kShare, 2, 512, 1>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 2, 512, 2>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 2, 1024, 1>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 2, 256, 3>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 4, 512, 1>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 4, 1024, 1>(out, d, q, stream, dependent);
-    time_mma<V, 1, true, 512, 1>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 2>(out, d, q, stream, dependent, 0);
+    time_psumbook<V, kShare, 4>(out, d, q, stream, dependent, 0);
   }
+#ifdef CODEGEMM_ABLATE
+  for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2>(out, d, q, stream, false, ablate);
+#endif
 }
 
 template <int V>
@@ -171,7 +172,7 @@ void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
 
 int main(int argc, char** argv) {
   FILE* out = argc > 1 ? std::fopen(argv[1], "w") : stdout;
-  const bool quick = argc > 2;
+  const bool batches = argc > 2;
   Data d;
   bench::fill_words<<<1024, 256>>>(d.codes.data, d.codes.count, 1);
   bench::fill_floats<T><<<1024, 256>>>(d.codebooks.data, d.codebooks.count, 2, 0.0f, 0.5f);
@@ -185,11 +186,10 @@ int main(int argc, char** argv) {
     const double stream = stream_time(d, q);
     report(out, q, "stream", "", stream, stream);
     sweep_batch_1<4, 1>(out, d, q, stream);
-    sweep_batches<4>(out, d, q, stream);
+    if (batches) sweep_batches<4>(out, d, q, stream);
     q = {s[0], s[1], 2, 8, 128, 1};
     sweep_batch_1<8, 2>(out, d, q, stream);
-    sweep_batches<8>(out, d, q, stream);
-    if (quick) break;
+    if (batches) sweep_batches<8>(out, d, q, stream);
   }
   return 0;
 }

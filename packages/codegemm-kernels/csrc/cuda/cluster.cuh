@@ -39,6 +39,7 @@ __device__ __forceinline__ int cluster_size() {
 
 // Barrier over the threads of a cluster that also makes their shared-memory writes visible to each other.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
 #if CODEGEMM_HAS_CLUSTERS
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else

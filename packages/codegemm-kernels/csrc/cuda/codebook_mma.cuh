@@ -197,18 +197,18 @@ __device__ __forceinline__ void scale_sums(float (&total)[2][kTokenTiles][4], fl
 // Stores the sums of a tile, or adds them, at sums[token][row], and clears them.
 template <int kTokenTiles>
 __device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[2][kTokenTiles][4], bool add,
-                                         int lane) {
+                                         int rows, int lane) {
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float4* place = reinterpret_cast<float4*>(sums + (t * 8 + lane % 4 * 2 + j) * pitch + lane / 4 * 4);
       float4 value = make_float4(total[0][t][j], total[0][t][2 + j], total[1][t][j], total[1][t][2 + j]);
-      if (add) {
+      if (add && lane / 4 * 4 < rows) {
         const float4 old = *place;
         value = make_float4(value.x + old.x, value.y + old.y, value.z + old.z, value.w + old.w);
       }
-      *place = value;
+      if (lane / 4 * 4 < rows) *place = value;
       total[0][t][j] = total[0][t][2 + j] = total[1][t][j] = total[1][t][2 + j] = 0;
     }
   }
@@ -228,7 +228,7 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, const Segment& 
   float total[2][kTokenTiles][4] = {}, step[2][kTokenTiles][4] = {};
   if (first_step == last_step) {  // more blocks than steps: this one adds nothing, but its sums are read
     for (int row = first + row_warp * kMmaTileRows; row < last && !add; row += row_step)
-      put_sums<kTokenTiles>(sums + (row - first), pitch, total, false, lane);
+      put_sums<kTokenTiles>(sums + (row - first), pitch, total, false, last - row, lane);
     return;
   }
   MmaCursor loading = {first + row_warp * kMmaTileRows, first_step, 0}, at = loading;
@@ -247,7 +247,7 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, const Segment& 
       multiply_item<T, V, kTokenTiles, !kScaleSums>(kScaleSums ? step : total, items[i], table, x, copy);
       const bool tile_ends = at.step + 1 == last_step && at.codebook + 1 == p.num_codebooks;
       if (kScaleSums && at.codebook + 1 == p.num_codebooks) scale_sums<T>(total, step, items[i].scales);
-      if (tile_ends) put_sums<kTokenTiles>(sums + (at.row - first), pitch, total, add, lane);
+      if (tile_ends) put_sums<kTokenTiles>(sums + (at.row - first), pitch, total, add, last - at.row, lane);
       at.advance(p.num_codebooks, first_step, last_step, row_step);
       items[i] = load_item<T>(p, segment, loading, last, lane);
       loading.advance(p.num_codebooks, first_step, last_step, row_step);

@@ -9,17 +9,17 @@
 namespace codegemm::cuda {
 namespace {
 
-constexpr int kSlots = 2, kThreads = 512, kBlocks = 1;
-constexpr int kTableBytes = kSlots / 2 * kPsumbookPairBytes;
+constexpr int kSlots = 2, kThreads = kConsumerWarps * 32 + 32;
+constexpr int kReserved = 2048;  // static shared memory and what the system keeps
 
-// Clusters of a size that run at once, asked for once a kernel and device.
+// Clusters of a size that run at once, one block a multiprocessor; asked for once a kernel and device.
 template <typename... Parameters>
 int resident_clusters(void (*kernel)(Parameters...), int device, int cluster) {
-  static int known[64][17] = {};  // 0: not asked yet
+  static int known[64][kMaxCluster + 1] = {};  // 0: not asked yet
   int& clusters = known[device][cluster];
   if (clusters == 0) {
-    const LaunchConfig config = {0, kThreads, kTableBytes + 16 * 1024, cluster, false};
-    clusters = std::max(active_clusters(kernel, config), -1);
+    const LaunchConfig config = {0, kThreads, device_limits(device).shared_bytes - kReserved, cluster, false};
+    clusters = active_clusters(kernel, config);
     if (clusters == 0) clusters = -1;
   }
   return clusters;
@@ -27,18 +27,23 @@ int resident_clusters(void (*kernel)(Parameters...), int device, int cluster) {
 
 template <typename T, int V, int kShare>
 const char* launch(Product product, int device, cudaStream_t stream) {
-  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kThreads, kBlocks>;
+  const auto kernel = psumbook_kernel<T, V, kShare, kSlots>;
   const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
-  int cluster = 16;
+  int cluster = 8;
   while (cluster > 1 && (units < cluster || resident_clusters(kernel, device, cluster) < 1)) cluster /= 2;
   const int clusters = resident_clusters(kernel, device, cluster);
   if (clusters < 1) return kDoesNotFit;
-  const int64_t most = (device_limits(device).shared_bytes - kTableBytes) / 4 / kPsumbookTileRows * kPsumbookTileRows;
   const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), kPsumbookTileRows) * kPsumbookTileRows;
-  product.rows_per_range = int(std::min(most, even));
+  product.rows_per_range = int(std::min<int64_t>(even, 4096));
+  PsumbookLayout layout;
+  int stages = kMaxStages;
+  do {
+    layout = make_psumbook_layout(product, V, kShare, kSlots, cluster, stages);
+  } while (layout.bytes > device_limits(device).shared_bytes - kReserved && --stages > 1);
+  if (stages < 2) return kDoesNotFit;
   const int ranges = int(ceil_div(product.total_rows, product.rows_per_range));
-  const LaunchConfig config = {ranges * cluster, kThreads, kTableBytes + product.rows_per_range * 4, cluster, true};
-  return launch_kernel(kernel, config, stream, product);
+  const LaunchConfig config = {ranges * cluster, kThreads, layout.bytes, cluster, true};
+  return launch_kernel(kernel, config, stream, product, layout);
 }
 
 template <typename T>

@@ -14,19 +14,33 @@
 // A slot is one codebook of one block of 32 positions. Tables are fp32 and filled by the tensor cores (exact products
 // of 16-bit numbers, fp32 sums), so the result differs from exact arithmetic by fp32 rounding and the rounding of y.
 //
+// Codes and scales arrive through a ring of stages (ring.cuh): kSlots slots x 256 rows, 16 rows for each of 16 warps.
+// A row of the box is 4 words longer than its 256, so that the 16-byte reads of a quarter warp, 8 words of the same
+// rows, are free of conflicts too.
+//
 // A cluster computes rows_per_range rows; its blocks divide K, each keeps its sums in shared memory, and at the end
 // they add each other's through distributed shared memory, in the order of their ranks: bit-equal between runs.
 //
-// Cost a lookup: 1 PRMT, 1 LDS, 1 FADD or FFMA; a code is read from memory once, 16 bytes a lane.
+// Cost of 32 lookups: 1 PRMT, 1 LDS, 1 FADD or FFMA, and a sixteenth of: an LDS.128 of codes, one of scales, 4 FCVT.
 #pragma once
+#ifdef CODEGEMM_ABLATE
+#define ABLATE(n) && !(layout.ablate & n)
+#else
+#define ABLATE(n)
+#endif
 #include "cluster.cuh"
 #include "element.cuh"
 #include "product.h"
+#include "ring.cuh"
 
 namespace codegemm::cuda {
 
 constexpr int kPsumbookTileRows = 16;  // rows a warp handles at a time: 4 quads of 4
 constexpr int kPsumbookPairBytes = 64 * 1024;
+constexpr int kMaxCluster = 16;
+constexpr int kConsumerWarps = 16;
+constexpr int kStageRows = kConsumerWarps * kPsumbookTileRows;
+constexpr int kStagePitch = kStageRows + 4;  // words
 
 // x of the 32 positions of a block as the A operand of the table's matrix product, two tiles of 16 positions.
 template <typename T, int V>
@@ -97,110 +111,93 @@ __device__ __forceinline__ float reduce_rows(const float (&sum)[4], int lane) {
   return row + __shfl_xor_sync(~0u, row, 1);
 }
 
-// The codes and scales of 16 rows x up to kSlots slots, as one lane holds them. kShare slots in a row have one scale.
-template <typename T, int kShare, int kSlots>
-struct Tile {
-  uint4 codes[kSlots];
-  uint2 scales[kSlots / kShare];
+// What a block knows of the boxes it reads: constants of a launch, or of one chunk of kSlots slots.
+struct Box {
+  int first_slot, slots;   // the chunk
+  int first_group, groups; // scale groups its words lie in
 };
 
-// Where a lane's codes and scales of each slot lie; null where the slot or the lane's word does not exist.
-template <typename T, int kShare, int kSlots>
-struct Sources {
-  const uint32_t* codes[kSlots];
-  const T* scales[kSlots / kShare];
+__device__ __forceinline__ Box make_box(const Product& p, int first_slot, int last_slot, int most) {
+  Box box;
+  box.first_slot = first_slot;
+  box.slots = min(most, last_slot - first_slot);
+  box.first_group = first_slot / p.num_codebooks * 8 / p.words_per_group;
+  const int last_word = min((first_slot + box.slots - 1) / p.num_codebooks * 8 + 7, p.words - 1);
+  box.groups = last_word / p.words_per_group - box.first_group + 1;
+  return box;
+}
 
-  __device__ __forceinline__ void point(const Product& p, const Segment& segment, int first_slot, int last_slot,
-                                        int lane) {
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const int slot = first_slot + s, codebook = slot % p.num_codebooks;
-      const int word = slot / p.num_codebooks * 8 + lane % 8;
-      const bool exists = slot < last_slot && word < p.words;
-      const int64_t rows = segment.out_features;
-      codes[s] = exists ? segment.codes + (int64_t(codebook) * p.words + word) * rows + lane / 8 * 4 : nullptr;
-      if (s % kShare == 0)
-        scales[s / kShare] =
-            exists ? static_cast<const T*>(segment.scales) + word / p.words_per_group * rows + lane / 8 * 4 : nullptr;
-    }
+// The producer warp: fills one stage with rows [row, row + rows) of the segment.
+template <typename T, int kSlots>
+__device__ __forceinline__ void fill_stage(RingBarriers& ring, const RingPlace& at, unsigned char* stage,
+                                           const Product& p, const Segment& segment, const Box& box, int64_t row,
+                                           int rows, int lane) {
+  const int64_t n = segment.out_features;
+  int words = 0;
+  for (int s = 0; s < box.slots; ++s) words += min(8, p.words - (box.first_slot + s) / p.num_codebooks * 8);
+  begin_fill(ring, at, rows * (4 * words + 2 * box.groups), lane);
+  for (int s = 0; s < box.slots; ++s) {
+    const int word = (box.first_slot + s) / p.num_codebooks * 8, codebook = (box.first_slot + s) % p.num_codebooks;
+    copy_runs(ring, at, stage + s * 8 * kStagePitch * 4, kStagePitch * 4,
+              reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(codebook) * p.words + word) * n + row),
+              n * 4, min(8, p.words - word), rows * 4, (lane - s * 8) & 31);
   }
+  copy_runs(ring, at, stage + kSlots * 8 * kStagePitch * 4, kStageRows * 2,
+            reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + box.first_group * n + row),
+            n * 2, box.groups, rows * 2, (lane - 16) & 31);
+  end_fill(ring, at);
+}
 
-  __device__ __forceinline__ void load(Tile<T, kShare, kSlots>& tile, int row, bool inside) const {
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      tile.codes[s] = inside && codes[s] ? load_streaming(reinterpret_cast<const uint4*>(codes[s] + row))
-                                         : make_uint4(0, 0, 0, 0);
-      if (s % kShare == 0)
-        tile.scales[s / kShare] = inside && scales[s / kShare]
-                                      ? __ldg(reinterpret_cast<const uint2*>(scales[s / kShare] + row))
-                                      : make_uint2(0, 0);
-    }
-  }
-};
-
+// Sums of the 16 rows at `tile` over the slots of a stage. scale_row[s]: where the lane's group of slot s lies.
 template <typename T, int kShare, int kSlots>
-__device__ __forceinline__ float sum_tile(const unsigned char* table, const Tile<T, kShare, kSlots>& tile, int slots,
-                                          uint32_t lane_offsets, const uint32_t (&selector)[4], int lane) {
+__device__ __forceinline__ float sum_tile(const unsigned char* table, const unsigned char* stage, int tile, int slots,
+                                          const int (&scale_row)[kSlots / kShare], uint32_t lane_offsets,
+                                          const uint32_t (&selector)[4], int lane) {
+  const int column = tile * kPsumbookTileRows + lane / 8 * 4;
+  const uint4* codes = reinterpret_cast<const uint4*>(stage + (lane % 8 * kStagePitch + column) * 4);
+  const unsigned char* scales = stage + kSlots * 8 * kStagePitch * 4 + column * 2;
   float sum[4] = {};
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     if (s < slots) {
-      const float2 low = unpack_pair<T>(tile.scales[s / kShare].x), high = unpack_pair<T>(tile.scales[s / kShare].y);
+      const uint2 scale = *reinterpret_cast<const uint2*>(scales + scale_row[s / kShare]);
+      const float2 low = unpack_pair<T>(scale.x), high = unpack_pair<T>(scale.y);
       const unsigned char* slot = table + s / 2 * kPsumbookPairBytes + s % 2 * 128;
-      const uint4 codes = tile.codes[s];
-      sum[0] = fmaf(low.x, look_up_word(slot, codes.x, lane_offsets, selector), sum[0]);
-      sum[1] = fmaf(low.y, look_up_word(slot, codes.y, lane_offsets, selector), sum[1]);
-      sum[2] = fmaf(high.x, look_up_word(slot, codes.z, lane_offsets, selector), sum[2]);
-      sum[3] = fmaf(high.y, look_up_word(slot, codes.w, lane_offsets, selector), sum[3]);
+      const uint4 code = codes[s * 8 * kStagePitch / 4];
+      sum[0] = fmaf(low.x, look_up_word(slot, code.x, lane_offsets, selector), sum[0]);
+      sum[1] = fmaf(low.y, look_up_word(slot, code.y, lane_offsets, selector), sum[1]);
+      sum[2] = fmaf(high.x, look_up_word(slot, code.z, lane_offsets, selector), sum[2]);
+      sum[3] = fmaf(high.y, look_up_word(slot, code.w, lane_offsets, selector), sum[3]);
     }
   }
   return reduce_rows(sum, lane);
 }
 
-// Rows [first, last) of a segment times this block's slots, added to sums[0 .. last - first).
-template <typename T, int V, int kShare, int kSlots>
-__device__ __forceinline__ void multiply_segment(const Product& p, const Segment& segment, int64_t first, int64_t last,
-                                                 int first_slot, int last_slot, unsigned char* table, float* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int rows = int(last - first), tile_step = warps * kPsumbookTileRows;
-  const uint32_t lane_offsets = 0x0c080400u + (lane % 8) * 0x10101010u;
-  uint32_t selector[4];
+// Fills the tables of a chunk from the block's slice of x and the codebooks, both in shared memory.
+template <typename T, int V, int kSlots>
+__device__ __forceinline__ void fill_tables(const Product& p, const Box& box, unsigned char* table, const T* x,
+                                            int first_block, int positions, const T* codebooks, int warp, int lane) {
+  PositionFragments<T, V> fragments[kSlots];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const uint32_t byte = (r + lane / 8) % 4;  // code byte to byte 1, position to byte 0, zeros (its sign) above
-    selector[r] = (byte + 4) | byte << 4 | (byte + 12) * 0x1100u;
-  }
-  for (int slot = first_slot; slot < last_slot; slot += kSlots) {
-    Sources<T, kShare, kSlots> sources;
-    Tile<T, kShare, kSlots> tile, next;
-    sources.point(p, segment, slot, last_slot, lane);
-    int row = warp * kPsumbookTileRows;
-    sources.load(tile, int(first) + row, row + lane / 8 * 4 < rows);
-
-    __syncthreads();  // every warp has finished with the previous table
-    PositionFragments<T, V> positions[kSlots];
+  for (int s = 0; s < kSlots; ++s)
+    fragments[s].load(x, (box.first_slot + s) / p.num_codebooks - first_block, positions, lane);
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s)
-      positions[s].load(static_cast<const T*>(p.x), (slot + s) / p.num_codebooks, p.words * 4, lane);
-    for (int entry_tile = warp; entry_tile < 32; entry_tile += warps) {
+  for (int entry_tile = warp; entry_tile < 32; entry_tile += kConsumerWarps) {
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const T* codebook = static_cast<const T*>(segment.codebooks) + (slot + s) % p.num_codebooks * (256 * V);
-        fill_table<T, V>(table + s / 2 * kPsumbookPairBytes + s % 2 * 128, positions[s], codebook, entry_tile, lane);
-      }
-    }
-    __syncthreads();
-
-    const int slots = last_slot - slot;
-    for (; row < rows; row += tile_step) {
-      const int next_row = row + tile_step;
-      sources.load(next, int(first) + next_row, next_row + lane / 8 * 4 < rows);
-      const float sum = sum_tile<T, kShare, kSlots>(table, tile, slots, lane_offsets, selector, lane);
-      const int out = row + lane / 8 * 4 + lane / 2 % 4;
-      if (lane % 2 == 0 && out < rows) sums[out] += sum;
-      tile = next;
+    for (int s = 0; s < kSlots; ++s) {
+      const T* codebook = codebooks + (box.first_slot + s) % p.num_codebooks * (256 * V);
+      fill_table<T, V>(table + s / 2 * kPsumbookPairBytes + s % 2 * 128, fragments[s], codebook, entry_tile, lane);
     }
   }
+}
+
+// The slots of one block of a cluster; slots that share a scale stay in one block.
+struct SlotRange {
+  int first, last;
+};
+__host__ __device__ inline SlotRange slots_of_rank(int words, int num_codebooks, int share, int rank, int size) {
+  const int units = (words + 7) / 8 * num_codebooks / share;
+  return {int(int64_t(units) * rank / size) * share, int(int64_t(units) * (rank + 1) / size) * share};
 }
 
 // Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows.
@@ -212,9 +209,12 @@ __device__ __forceinline__ void reduce_and_store(const Product& p, const float* 
     const int64_t row = first + rank * share + i;
     if (row >= last) break;
     const uint32_t address = shared_address(sums + rank * share + i);
+    float part[kMaxCluster];  // all loads first: their latency is paid once
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; ++r) part[r] = r < size ? load_from_rank(address, r) : 0.0f;
     float sum = 0;
-#pragma unroll 4
-    for (int r = 0; r < size; ++r) sum += load_from_rank(address, r);
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; ++r) sum += part[r];
     int s = 0;
     while (s + 1 < p.segments && row >= p.segment[s + 1].first_row) ++s;
     const Segment& segment = p.segment[s];
@@ -224,28 +224,137 @@ __device__ __forceinline__ void reduce_and_store(const Product& p, const float* 
   }
 }
 
-// Grid: clusters x ranges of rows. Dynamic shared memory: kSlots/2 x 64 KB of table, then rows_per_range sums.
-template <typename T, int V, int kShare, int kSlots, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks) psumbook_kernel(const __grid_constant__ Product p) {
+// Where things lie in dynamic shared memory after the tables, which start it.
+struct PsumbookLayout {
+  int stages, stage_bytes;
+  int ring, sums, x, codebooks, bytes;  // offsets; the whole
+#ifdef CODEGEMM_ABLATE
+  int ablate = 0;
+#endif
+};
+
+inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, int share, int slots, int cluster,
+                                           int stages) {
+  int x_words = 0;
+  for (int rank = 0; rank < cluster; ++rank) {
+    const SlotRange range = slots_of_rank(p.words, p.num_codebooks, share, rank, cluster);
+    const int blocks = (range.last + p.num_codebooks - 1) / p.num_codebooks - range.first / p.num_codebooks;
+    x_words = blocks * 8 > x_words ? blocks * 8 : x_words;
+  }
+  const int groups = (8 * slots - 1) / p.words_per_group + 2;  // the most that the words of a chunk lie in
+  PsumbookLayout layout;
+  layout.stages = stages;
+  layout.stage_bytes = slots * 8 * kStagePitch * 4 + groups * kStageRows * 2;
+  layout.ring = slots / 2 * kPsumbookPairBytes;
+  layout.sums = layout.ring + stages * layout.stage_bytes;
+  layout.x = layout.sums + (p.rows_per_range * 4 + 127) / 128 * 128;
+  layout.codebooks = layout.x + (x_words * 8 * vector_length + 127) / 128 * 128;
+  layout.bytes = layout.codebooks + p.num_codebooks * 512 * vector_length;
+  return layout;
+}
+
+// Consumer warps: rows [from, to) of a segment times this block's slots, added to sums[0 .. to - from).
+template <typename T, int V, int kShare, int kSlots>
+__device__ __forceinline__ void multiply_segment(const Product& p, const PsumbookLayout& layout, SlotRange slots,
+                                                 int rows, RingBarriers& ring, RingPlace& at, unsigned char* shared,
+                                                 float* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t lane_offsets = 0x0c080400u + (lane % 8) * 0x10101010u;
+  uint32_t selector[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const uint32_t byte = (r + lane / 8) % 4;  // code byte to byte 1, position to byte 0, zeros (its sign) above
+    selector[r] = (byte + 4) | byte << 4 | (byte + 12) * 0x1100u;
+  }
+  const int first_block = slots.first / p.num_codebooks;
+  for (int slot = slots.first; slot < slots.last; slot += kSlots) {
+    const Box box = make_box(p, slot, slots.last, kSlots);
+    int scale_row[kSlots / kShare];
+#pragma unroll
+    for (int s = 0; s < kSlots; s += kShare) {
+      const int word = min((slot + s) / p.num_codebooks * 8 + lane % 8, p.words - 1);
+      scale_row[s / kShare] = (word / p.words_per_group - box.first_group) * kStageRows * 2;
+    }
+    consumer_sync(kConsumerWarps * 32);  // x and codebooks are there; every warp has finished with the last table
+    if (true ABLATE(2)) fill_tables<T, V, kSlots>(p, box, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
+                              p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
+                              warp, lane);
+    consumer_sync(kConsumerWarps * 32);
+    for (int row = 0; row < rows; row += kStageRows) {
+      const int tile_row = row + warp * kPsumbookTileRows, out = tile_row + lane / 8 * 4 + lane / 2 % 4;
+      wait(&ring.full[at.stage], at.phase);
+      if (tile_row < rows ABLATE(1)) {
+        const float sum =
+            sum_tile<T, kShare, kSlots>(shared, shared + layout.ring + at.stage * layout.stage_bytes, warp, box.slots,
+                                        scale_row, lane_offsets, selector, lane);
+        if (lane % 2 == 0 && out < rows) sums[out] += sum;
+      }
+      __syncwarp();
+      if (lane == 0) arrive(&ring.empty[at.stage]);
+      at.advance(layout.stages);
+    }
+  }
+}
+
+// Copies elements [0, count) to shared memory; count and both addresses are multiples of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void copy_to_shared(T* target, const T* source, int count) {
+  for (int i = threadIdx.x * 8; i < count; i += kConsumerWarps * 32 * 8)
+    *reinterpret_cast<uint4*>(target + i) = *reinterpret_cast<const uint4*>(source + i);
+}
+
+// Grid: clusters x ranges of rows. 16 consumer warps and a producer. Dynamic shared memory: the tables, kSlots/2 x 64
+// KB, and what `layout` says.
+template <typename T, int V, int kShare, int kSlots>
+__global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
+    psumbook_kernel(const __grid_constant__ Product p, const __grid_constant__ PsumbookLayout layout) {
 #if CODEGEMM_HAS_CLUSTERS
   extern __shared__ __align__(1024) unsigned char psumbook_shared[];
-  float* sums = reinterpret_cast<float*>(psumbook_shared + kSlots / 2 * kPsumbookPairBytes);
-  allow_next_kernel();
-  for (int i = threadIdx.x; i < p.rows_per_range; i += blockDim.x) sums[i] = 0;  // seen after multiply's barrier
-  wait_for_previous_kernel();
-
-  const int size = cluster_size(), rank = cluster_rank();
+  __shared__ RingBarriers ring;
+  float* sums = reinterpret_cast<float*>(psumbook_shared + layout.sums);
+  const int size = cluster_size(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t first = int64_t(blockIdx.x / size) * p.rows_per_range;
   const int64_t last = min(first + p.rows_per_range, p.total_rows);
-  const int units = (p.words + 7) / 8 * p.num_codebooks / kShare;  // slots that share a scale stay in one block
-  const int first_slot = units * rank / size * kShare, last_slot = units * (rank + 1) / size * kShare;
+  const SlotRange slots = slots_of_rank(p.words, p.num_codebooks, kShare, cluster_rank(), size);
+  if (threadIdx.x == kConsumerWarps * 32) init_ring(ring, layout.stages, kConsumerWarps);
+  __syncthreads();
+  allow_next_kernel();
+
+  RingPlace at;
+  bool started = false;
   for (int s = 0; s < p.segments; ++s) {
     const Segment& segment = p.segment[s];
     const int64_t from = max(first, segment.first_row), to = min(last, segment.first_row + segment.out_features);
-    if (from < to)
-      multiply_segment<T, V, kShare, kSlots>(p, segment, from - segment.first_row, to - segment.first_row, first_slot,
-                                             last_slot, psumbook_shared, sums + (from - first));
+    if (from >= to) continue;
+    const int rows = int(to - from);
+    if (warp == kConsumerWarps) {
+      for (int slot = slots.first; slot < slots.last; slot += kSlots) {
+        const Box box = make_box(p, slot, slots.last, kSlots);
+        for (int row = 0; row < rows; row += kStageRows) {
+          fill_stage<T, kSlots>(ring, at, psumbook_shared + layout.ring + at.stage * layout.stage_bytes, p, segment,
+                                box, from - segment.first_row + row, min(kStageRows, rows - row), lane);
+          at.advance(layout.stages);
+        }
+      }
+      continue;
+    }
+    if (started) consumer_sync(kConsumerWarps * 32);  // the warps have finished with the previous codebooks
+    copy_to_shared(reinterpret_cast<T*>(psumbook_shared + layout.codebooks), static_cast<const T*>(segment.codebooks),
+                   p.num_codebooks * 256 * V);
+    if (!started) {
+      for (int i = threadIdx.x; i < p.rows_per_range; i += kConsumerWarps * 32) sums[i] = 0;
+      wait_for_previous_kernel();  // codes and codebooks are weights: only x needs the wait
+      const int first_word = slots.first / p.num_codebooks * 8;
+      const int words = min((slots.last + p.num_codebooks - 1) / p.num_codebooks * 8, p.words) - first_word;
+      copy_to_shared(reinterpret_cast<T*>(psumbook_shared + layout.x), static_cast<const T*>(p.x) + first_word * 4 * V,
+                     words * 4 * V);
+      started = true;
+    }
+    multiply_segment<T, V, kShare, kSlots>(p, layout, slots, rows, ring, at, psumbook_shared, sums + (from - first));
   }
+#ifdef CODEGEMM_ABLATE
+  if (layout.ablate & 4) return;
+#endif
   cluster_sync();
   reduce_and_store<T>(p, sums, first, last);
   cluster_sync();  // no block leaves while another reads its sums

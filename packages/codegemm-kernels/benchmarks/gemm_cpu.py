@@ -1,0 +1,99 @@
+"""Time `codegemm::gemm` on the CPU beside torch's dense product and a plain read of the same code bytes.
+
+    uv run packages/codegemm-kernels/benchmarks/gemm_cpu.py --threads 1 2 --rows 1
+
+Every timing goes over enough copies of its operands that they come from memory and not from a cache. Rows of the table are
+medians in microseconds; the last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from codegemm_kernels import CodebookScheme, _C, ops
+from torch import Tensor
+
+CACHE_BYTES = 96 << 20  # three times the last-level cache of the machine the numbers in docs/log.md are from
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def median_us(call: Callable[[int], object], copies: int, seconds: float) -> float:
+    """Median time of call(copy) in microseconds, over at least `seconds` and one round of the copies."""
+    call(0)
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < copies:
+        begin = time.perf_counter_ns()
+        call(len(times) % copies)
+        times.append((time.perf_counter_ns() - begin) / 1000)
+    return statistics.median(times)
+
+
+def copies_of(tensor: Tensor) -> int:
+    """How many copies of a tensor overflow the cache."""
+    return CACHE_BYTES // tensor.nbytes + 1
+
+
+def measure(scheme: CodebookScheme, N: int, K: int, rows: int, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    """Microseconds of our product, of a read of its codes, and of torch's dense product in fp32 and bf16."""
+    shapes = scheme.shapes(N, K)
+    codes = [torch.randint(-(2**31), 2**31, shapes["codes"]).int()]
+    codes += [codes[0].clone() for _ in range(copies_of(codes[0]) - 1)]
+    codebooks = torch.randn(shapes["codebooks"]).to(dtype)
+    scales = [torch.rand(shapes["scales"]).to(dtype) for _ in codes]
+    x = torch.randn(rows, K)
+    zeros = [torch.zeros(codes[0].numel()) for _ in codes]
+    result = {
+        "ours": median_us(lambda i: ops.gemm(x.to(dtype), codes[i], codebooks, scales[i]), len(codes), seconds),
+        "read": median_us(lambda i: zeros[i].sum(), len(codes), seconds),
+    }
+    del codes, zeros, scales
+    for name in ("float32", "bfloat16"):
+        weight = torch.randn(N, K).to(DTYPES[name])
+        weights = [weight] + [weight.clone() for _ in range(copies_of(weight) - 1)]
+        inputs = x.to(weight.dtype)
+        call = torch.nn.functional.linear
+        result[name] = median_us(
+            lambda i, w=weights, a=inputs: call(a, w[i]),  # type: ignore[misc]
+            len(weights),
+            seconds,
+        )
+    return result
+
+
+def main() -> None:
+    """Run the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", nargs="+", default=["m1v4g128", "m2v8g128"])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "4096x14336"], metavar="NxK")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="rows of x")
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each number")
+    args = parser.parse_args()
+    table = []
+    print(f"{'N x K':>14} {'scheme':>9} {'rows':>5} {'threads':>7} {'ours':>8} {'read':>8} {'fp32':>9} {'bf16':>9}", file=sys.stderr)
+    for shape in args.shapes:
+        N, K = map(int, shape.split("x"))
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for scheme in args.schemes:
+                for rows in args.rows:
+                    t = measure(CodebookScheme.parse(scheme), N, K, rows, DTYPES[args.dtype], args.seconds)
+                    table.append({"shape": shape, "scheme": scheme, "rows": rows, "threads": threads, **t})
+                    print(
+                        f"{shape:>14} {scheme:>9} {rows:>5} {threads:>7} {t['ours']:8.0f} {t['read']:8.0f} "
+                        f"{t['float32']:9.0f} {t['bfloat16']:9.0f}",
+                        file=sys.stderr,
+                    )
+    print(json.dumps({"instruction_set": _C.cpu_features(), "dtype": args.dtype, "unit": "us", "table": table}))
+
+
+if __name__ == "__main__":
+    main()
