@@ -162,9 +162,8 @@ def _input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) ->
         caught.append(args[0].reshape(-1, args[0].shape[-1]).float())
         raise _BlockReached
 
-    with _hooks([(block.get_submodule(linear), stop)]):
-        with suppress(_BlockReached):
-            call.run(block, hidden)
+    with _hooks([(block.get_submodule(linear), stop)]), suppress(_BlockReached):
+        call.run(block, hidden)
     return caught[0]
 
 

@@ -79,7 +79,10 @@ def fit_matrix(
     state = initialise(weight, hessian.diagonal(), scheme, generator)
     best = state.clone()
     start = lowest = relative_error(weight, hessian, state.rounded(dtype).dequantize())
-    feedback_codes(weight, factor, state)
+    pushed = state.clone()
+    feedback_codes(weight, factor, pushed)
+    if relative_error(weight, hessian, pushed.dequantize()) < start:  # pushed errors can leave the codebooks' range
+        state = pushed
     for turn in range(rounds + 1):
         solve_codebooks(weight, hessian, state)
         solve_scales(weight, hessian, state)

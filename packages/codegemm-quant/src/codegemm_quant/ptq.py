@@ -6,7 +6,8 @@ import copy
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,7 +85,7 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     stored = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
     compute = compute_dtype(model.dtype, device)
     store = ProgressStore.open(out.with_name(f"{out.name}.work"), config.settings(), resume=config.resume)
-    with tqdm(total=0, desc="quantise", unit="step", dynamic_ncols=True) as progress, torch.no_grad():
+    with tqdm(total=0, desc="quantise", unit="step", dynamic_ncols=True) as progress, torch.no_grad(), _tensor_cores():
         setting = _Setting(config, scheme, device, compute, stored, store, progress)
         tensors, quantised = _quantize_blocks(setting, model, prefix, blocks, windows)
         if config.model_epochs:
@@ -107,6 +108,17 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "blocks": len(blocks),
     }
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let fp32 matrix products use TF32 where there is such a thing: H is of bf16 inputs, and choices are robust."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _check_length(model: Any, sequence_length: int) -> None:

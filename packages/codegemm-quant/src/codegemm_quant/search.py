@@ -61,7 +61,8 @@ def _nearest_sum(target: Tensor, metric: Tensor, scale: Tensor, state: CodebookW
 
 def _diagonal_blocks(matrix: Tensor, v: int) -> Tensor:
     """The blocks [K/v, v, v] on the diagonal of a [K, K] matrix."""
-    return matrix.unflatten(0, (-1, v)).unflatten(2, (-1, v)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    tiles = matrix.view(len(matrix) // v, v, len(matrix) // v, v)
+    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _norms(book: Tensor, metric: Tensor) -> Tensor:

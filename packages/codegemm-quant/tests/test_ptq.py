@@ -1,0 +1,202 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError, reference
+from codegemm_kernels.checkpoint import check_layer, checkpoint_files, quantized_names, read_config, read_headers
+from codegemm_quant import QuantizeConfig, ptq, quantize
+
+
+@pytest.fixture
+def config(tiny_model, text_file, tmp_path):
+    return QuantizeConfig(
+        model=str(tiny_model()),
+        data=str(text_file),
+        out=str(tmp_path / "out"),
+        scheme="m1v4g32",
+        samples=16,
+        sequence_length=32,
+        device="cpu",
+        rounds=1,
+        tune_epochs=1,
+        model_epochs=1,
+    )
+
+
+def dequantised_model(folder, dense_folder):
+    """The checkpoint with every weight rebuilt by the reference arithmetic, in an ordinary transformers model."""
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    tensors = load_file(folder / "model.safetensors")
+    state = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in ("weight", "bias")}
+    for name in quantized_names(read_headers(checkpoint_files(folder))):
+        parts = [tensors[f"{name}.{part}"] for part in ("codes", "codebooks", "scales")]
+        state[f"{name}.weight"] = reference.dequantize(*parts)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    return model
+
+
+def test_a_checkpoint_is_ready_and_whole(config):
+    report = quantize(config)
+    folder = Path(config.out)
+    assert list(report) == ["out", "scheme", "bits_per_weight", "seconds", "blocks"]
+    assert (report["out"], report["scheme"], report["blocks"]) == (config.out, "m1v4g32", 2)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert [p for p in folder.parent.iterdir() if "partial" in p.name or p.name.endswith(".work")] == []
+
+    metadata = CheckpointMetadata.from_config(read_config(folder))
+    headers = read_headers(checkpoint_files(folder))
+    dense = AutoModelForCausalLM.from_pretrained(config.model)
+    names = quantized_names(headers)
+    assert len(names) == 14
+    assert metadata.modules_to_not_convert == ("lm_head",)
+    bits = weights = 0
+    for name in names:
+        linear = dense.get_submodule(name)
+        assert check_layer(name, metadata.scheme, linear.out_features, linear.in_features, headers) == []
+        assert f"{name}.weight" not in headers
+        size = linear.weight.numel()
+        weights += size
+        bits += size * CodebookScheme(1, 4, 32).bits_per_weight(*linear.weight.shape)
+    assert report["bits_per_weight"] == pytest.approx(bits / weights)
+    assert "lm_head.weight" not in headers
+    published = read_config(folder)["codegemm"]
+    assert published["vec_len"] == 4
+    assert "mlp.down_proj" in published["arch_config"]["module_names"]
+
+    tokens = torch.randint(2, 258, (2, 20))
+    with torch.no_grad():
+        expected = dense(tokens).logits.float()
+        actual = dequantised_model(folder, config.model)(tokens).logits.float()
+    assert (actual - expected).norm() < 0.4 * expected.norm()
+
+
+def test_biases_are_kept(config, tiny_model):
+    folder = tiny_model("qwen2")
+    quantize(replace(config, model=str(folder), tune_epochs=0, model_epochs=0))
+    before, after = load_file(folder / "model.safetensors"), load_file(Path(config.out) / "model.safetensors")
+    biases = [name for name in before if name.endswith("bias")]
+    assert len(biases) == 6
+    assert all(torch.equal(before[name], after[name]) for name in biases)
+
+
+def test_skipped_layers_stay_dense(config):
+    quantize(replace(config, skip=("*.down_proj", "model.layers.0.*"), tune_epochs=0, model_epochs=0))
+    headers = read_headers(checkpoint_files(Path(config.out)))
+    assert len(quantized_names(headers)) == 6
+    assert "model.layers.1.mlp.down_proj.weight" in headers
+    metadata = CheckpointMetadata.from_config(read_config(Path(config.out)))
+    assert "model.layers.0.self_attn.q_proj" in metadata.modules_to_not_convert
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(config, monkeypatch, tmp_path):
+    undisturbed = replace(config, out=str(tmp_path / "undisturbed"))
+    quantize(undisturbed)
+    original = ptq.tune_block
+
+    def interrupted(*args, name, **kwargs):
+        if name.endswith(".1"):
+            raise KeyboardInterrupt
+        return original(*args, name=name, **kwargs)
+
+    monkeypatch.setattr(ptq, "tune_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(config)
+    monkeypatch.setattr(ptq, "tune_block", original)
+    assert not Path(config.out).exists()
+    assert (tmp_path / "out.work" / "block-0000.safetensors").exists()
+    with pytest.raises(BadInput, match="--resume"):
+        quantize(config)
+    with pytest.raises(BadInput, match="seed was 0, now 1"):
+        quantize(replace(config, resume=True, seed=1))
+    quantize(replace(config, resume=True))
+    files = [Path(run.out) / "model.safetensors" for run in (config, undisturbed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_nothing_half_written_is_left_when_saving_fails(config, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantize(replace(config, tune_epochs=0, model_epochs=0))
+    left = sorted(path.name for path in Path(config.out).parent.iterdir() if path.name.lstrip(".").startswith("out"))
+    assert left == ["out.work"]
+
+
+def test_nan_in_a_weight_names_the_layer(config):
+    path = Path(config.model) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises((NumericalError, BadInput), match=r"layers\.1\.mlp\.up_proj|layers\.1"):
+        quantize(config)
+    assert not Path(config.out).exists()
+
+
+def test_models_that_cannot_be_quantised(config, tmp_path):
+    with pytest.raises(BadInput, match=r"layers\.0\.self_attn\.q_proj has 64 input features.*g48"):
+        quantize(replace(config, scheme="m1v4g48"))
+    with pytest.raises(BadInput, match="sequence_length 200 is more than the 128 positions"):
+        quantize(replace(config, sequence_length=200))
+    with pytest.raises(BadInput, match="every linear layer is skipped"):
+        quantize(replace(config, skip=("*",)))
+    folder = tmp_path / "gpt2"
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 258, "n_positions": 64}
+    AutoModelForCausalLM.from_config(GPT2Config(**shape)).save_pretrained(folder)
+    for file in Path(config.model).glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(BadInput, match="nothing to quantise"):
+        quantize(replace(config, model=str(folder), sequence_length=16))
+
+
+def test_damaged_models_are_refused(config, tmp_path):
+    path = Path(config.model) / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(BadInput, match=r"model\.safetensors.*cut short"):
+        quantize(config)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"lacks 1 of.*layers\.0\.mlp\.up_proj"):
+        quantize(config)
+    with pytest.raises(BadInput, match="there is no folder"):
+        quantize(replace(config, model=str(tmp_path / "nowhere")))
+    with pytest.raises(BadInput, match=r"no config\.json"):
+        quantize(replace(config, model=str(tmp_path)))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from codegemm_quant.cli import main; main()", "quantize", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_line_ends_with_json_or_a_sentence(config, tmp_path):
+    options = ["--data", config.data, "--samples", 4, "--sequence-length", 32, "--device", "cpu", "--rounds", 0]
+    options += ["--tune-epochs", 0, "--model-epochs", 0, "--scheme", "m2v8g32"]
+    done = command(config.model, *options, "--out", config.out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["scheme"] == "m2v8g32"
+    again = command(config.model, *options, "--out", config.out)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith("error: ")
+    assert "exists already" in again.stderr
+    assert "Traceback" not in again.stderr
+    wrong = command(config.model, *options[:-1], "m9v4g128", "--out", tmp_path / "x")
+    assert wrong.returncode == 2
+    assert "must be 1 to 4" in " ".join(wrong.stderr.replace("│", " ").split())
