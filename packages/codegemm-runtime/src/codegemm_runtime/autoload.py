@@ -47,7 +47,6 @@ class _RegistryWatcher(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            self.registered = False  # a reload starts from an empty registry
             self.register_if_ready()
 
         loader.exec_module = execute_and_register

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
+
 from codegemm_kernels.errors import BadInput, run_command
 
 
@@ -34,13 +35,14 @@ class Generate:
 
     def run(self) -> Mapping[str, Any]:
         """Load, generate and return the JSON object."""
-        from codegemm_runtime.generation import Sampling, generate_text
         from codegemm_runtime.loading import load_model, load_tokenizer
 
-        sampling = Sampling(self.temperature, self.top_p, self.seed)
         if not self.prompt:
             raise BadInput("the prompt is empty: give at least one character")
         tokenizer = load_tokenizer(self.model)
+        from codegemm_runtime.generation import Sampling, generate_text
+
+        sampling = Sampling(self.temperature, self.top_p, self.seed)
         model = load_model(self.model, self.device)
         generation = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling, _write)
         print(flush=True)
@@ -70,11 +72,12 @@ class Chat:
 
     def run(self) -> Mapping[str, Any]:
         """Run the conversation and return the JSON object."""
-        from codegemm_runtime import generation
         from codegemm_runtime.loading import load_model, load_tokenizer
 
-        sampling = generation.Sampling(self.temperature, self.top_p, self.seed)
         tokenizer = load_tokenizer(self.model)
+        from codegemm_runtime import generation
+
+        sampling = generation.Sampling(self.temperature, self.top_p, self.seed)
         messages = [{"role": "system", "content": self.system}] if self.system else []
         # The model comes second: a missing template is known before minutes of loading.
         generation.check_chat_template(tokenizer)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from codegemm_kernels.errors import BadInput
 from transformers import TextStreamer
+
+from codegemm_kernels.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

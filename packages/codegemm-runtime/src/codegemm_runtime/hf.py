@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
 from codegemm_kernels.checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -17,14 +27,6 @@ from codegemm_kernels.checkpoint import (
     read_headers,
 )
 from codegemm_kernels.errors import BadInput, CheckpointError
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +85,7 @@ class CodeGemmQuantizer(HfQuantizer):
         self._metadata = quantization_config.metadata()
         self._model: PreTrainedModel | None = None
         self._headers: dict[str, TensorHeader] | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype asked for, if there are kernels for it."""
@@ -115,6 +118,7 @@ class CodeGemmQuantizer(HfQuantizer):
         raise_problems(problems, headers)
         replace_linears(model, schemes)
         self._model, self._headers = model, headers
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -133,7 +137,14 @@ class CodeGemmQuantizer(HfQuantizer):
             raise RuntimeError("this transformers did not ask for weight conversions, so no tensor was checked")
         for module in model.modules():
             if isinstance(module, CodebookLinear):
-                _unify(module, model.config.dtype)
+                module.requires_grad_(False)  # the loader lets every floating tensor require a gradient
+        # transformers 5.17 leaves a tensor that it renamed (such as all of a base model's) in the dtype of its file.
+        in_fp32 = "|".join(model._get_dtype_plan(model.config.dtype))
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            kept = in_fp32 and re.search(in_fp32, name)
+            if parameter.dtype != wanted and parameter.device.type != "meta" and not kept:
+                parameter.data = parameter.data.to(wanted)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -155,18 +166,6 @@ class CodeGemmQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The ops are registered with shapes and dtypes, so torch.compile sees no graph break."""
         return True
-
-
-def _unify(module: Any, dtype: torch.dtype) -> None:
-    """Freeze a loaded layer again, in one dtype.
-
-    The loader makes every floating tensor require a gradient; transformers 5.17 also leaves a tensor it renamed in the
-    dtype of its file.
-    """
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        if parameter.is_floating_point() and parameter.dtype != dtype and parameter.device.type != "meta":
-            parameter.data = parameter.data.to(dtype)
 
 
 def raise_problems(problems: list[str], headers: dict[str, TensorHeader]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from codegemm_kernels.checkpoint import (
     PARTS,
     CheckpointMetadata,
@@ -20,7 +21,6 @@ from codegemm_kernels.checkpoint import (
 )
 from codegemm_kernels.errors import BadInput
 from codegemm_kernels.scheme import CODES_PER_WORD, CodebookScheme
-
 from codegemm_runtime.loading import build_on_meta, model_config, resolve_folder
 
 
@@ -138,11 +138,13 @@ def inspect_folder(folder: Path | str) -> Inspection:
 
 @contextmanager
 def _noting(found: Inspection) -> Iterator[None]:
-    """Turn bad input inside the block into a problem of `found`."""
+    """Turn a failure inside the block into a problem of `found`."""
     try:
         yield
     except BadInput as error:
         found.problems.append(str(error))
+    except Exception as error:  # damage that no check foresaw is a finding too, not a crash
+        found.problems.append(f"reading it failed with {type(error).__name__}: {error}")
 
 
 def _rows(headers: dict[str, TensorHeader]) -> list[LayerRow]:

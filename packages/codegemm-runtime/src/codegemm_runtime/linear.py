@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from codegemm_kernels import ops
 from codegemm_kernels.autograd import gemm_with_grad
 from codegemm_kernels.scheme import CODES_PER_WORD, CodebookScheme
-from torch import Tensor, nn
 
 
 class CodebookLinear(nn.Module):
@@ -67,7 +68,7 @@ class CodebookLinear(nn.Module):
         scales: Tensor = self.scales
         bias: Tensor | None = self.bias
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
             dtype = torch.get_autocast_dtype(device)
             x, codebooks, scales = x.to(dtype), codebooks.to(dtype), scales.to(dtype)
             bias = None if bias is None else bias.to(dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from codegemm_kernels.checkpoint import (
     QUANT_METHOD,
     CheckpointMetadata,
@@ -34,13 +35,14 @@ def load_model(
     `folder` is a checkpoint folder or a hub name. `device` None takes the GPU when there is one, "auto" spreads the
     model over what is there. `dtype` "auto" is the one of config.json. Raises BadInput or CheckpointError.
     """
+    folder = resolve_folder(folder)
+    target = "auto" if device == "auto" else choose_device(device)
+    # Below what can fail at once, since importing transformers takes seconds.
     from transformers import AutoModelForCausalLM
 
     from codegemm_runtime.hf import register
 
     register()
-    folder = resolve_folder(folder)
-    target = "auto" if device == "auto" else choose_device(device)
     config = model_config(folder)
     headers = read_headers(checkpoint_files(folder))
     if getattr(config, "quantization_config", None) is None:
@@ -58,12 +60,12 @@ def load_model(
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder or hub name. Raises BadInput when there is none or it is broken."""
-    from transformers import AutoTokenizer
-
     folder = resolve_folder(folder)
     # Without this, transformers makes up an empty tokenizer from config.json.
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer: copy the tokenizer files of the original model into it")
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from codegemm_kernels.errors import BadInput
-from codegemm_kernels.scheme import CodebookScheme
 from torch import nn
 
+from codegemm_kernels.errors import BadInput
+from codegemm_kernels.scheme import CodebookScheme
 from codegemm_runtime.linear import CodebookLinear
 
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from codegemm_kernels.checkpoint import PARTS, CheckpointMetadata, TensorHeader, check_layer, quantized_names
-from codegemm_kernels.scheme import CodebookScheme
 from torch import nn
 
+from codegemm_kernels.checkpoint import PARTS, CheckpointMetadata, TensorHeader, check_layer, quantized_names
+from codegemm_kernels.scheme import CodebookScheme
 from codegemm_runtime.linear import CodebookLinear
 from codegemm_runtime.replace import find_linear
 

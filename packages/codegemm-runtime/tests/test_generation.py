@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from codegemm_kernels import BadInput
+from codegemm_runtime import generation, load_model, load_tokenizer
+from codegemm_runtime.generation import Chat, Sampling, generate_text
+
+TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}|{% endfor %}"
+
+
+@pytest.fixture
+def loaded(make_checkpoint: Callable[..., Any], write_tokenizer: Callable[..., None]) -> Any:
+    checkpoint = make_checkpoint("qwen2")
+    write_tokenizer(checkpoint.folder, TEMPLATE)
+    model = load_model(checkpoint.folder, "cpu")
+    model.generation_config.eos_token_id = None  # random weights may end a text at any time
+    return model, load_tokenizer(checkpoint.folder), checkpoint
+
+
+def test_streams_what_it_returns(loaded: Any) -> None:
+    model, tokenizer, checkpoint = loaded
+    pieces: list[str] = []
+    result = generate_text(model, tokenizer, "some text", 20, write=pieces.append)
+    assert result.tokens == 20
+    assert "".join(pieces) == result.text
+    assert 0 < result.time_to_first_token < result.seconds
+    prompt = tokenizer("some text", return_tensors="pt").input_ids
+    expected = checkpoint.dense.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert result.text == tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert set(result.summary()) == {"text", "tokens", "seconds", "tokens_per_second", "time_to_first_token"}
+
+
+def test_sampling_follows_the_seed(loaded: Any) -> None:
+    model, tokenizer, _ = loaded
+
+    def text(seed: int, temperature: float = 1.5) -> str:
+        return generate_text(model, tokenizer, "abc", 20, Sampling(temperature, 0.95, seed)).text
+
+    assert text(1) == text(1) != text(2)
+    assert text(1, 0.0) == text(2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [
+        ("", 5, "prompt is empty"),
+        ("x" * 64, 1, "64 tokens and 1 new .* holds 64"),
+        ("x", 64, "holds 64"),
+        ("x", 0, "at least 1"),
+        (torch.zeros(1, 0, dtype=torch.long), 5, "no tokens"),
+    ],
+)
+def test_what_cannot_be_generated(loaded: Any, prompt: Any, tokens: int, message: str) -> None:
+    model, tokenizer, _ = loaded
+    with pytest.raises(BadInput, match=message):
+        generate_text(model, tokenizer, prompt, tokens)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}])
+def test_sampling_is_checked(options: dict[str, float]) -> None:
+    with pytest.raises(BadInput):
+        Sampling(**options)
+
+
+def test_chat_remembers_and_forgets_the_oldest(loaded: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer, _ = loaded
+    chat = Chat(model, tokenizer, Sampling(), 8, [{"role": "system", "content": "S"}])
+    seen: list[str] = []
+    chat.answer("one", seen.append)
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert chat.messages[-1]["content"] == "".join(seen)
+    for _ in range(5):
+        chat.answer("another", seen.append)
+    assert chat.messages[0]["content"] == "S"
+    assert chat.messages[1]["content"] == "another"
+    assert "forgotten" in capsys.readouterr().err
+    before = list(chat.messages)
+    with pytest.raises(BadInput, match="holds 64"):
+        chat.answer("x" * 80, seen.append)
+    assert chat.messages[0] == before[0]
+    assert "x" * 80 not in [message["content"] for message in chat.messages]
+
+
+def test_interrupting_an_answer_keeps_what_was_said(loaded: Any) -> None:
+    model, tokenizer, _ = loaded
+    chat = Chat(model, tokenizer, Sampling(), 30)
+    written: list[str] = []
+    original = generation._Stream.put
+
+    def interrupt_after_five(self: Any, value: torch.Tensor) -> None:
+        original(self, value)
+        if len(self.tokens) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation._Stream, "put", interrupt_after_five)
+        result = chat.answer("hello", written.append)
+        assert result.interrupted
+        assert (result.tokens, "".join(written)) == (5, result.text)
+        assert chat.messages[-1] == {"role": "assistant", "content": result.text}
+        with pytest.raises(KeyboardInterrupt):
+            generate_text(model, tokenizer, "hello", 30)
+    assert not chat.answer("again", written.append).interrupted
+
+
+def test_model_without_a_chat_template(loaded: Any) -> None:
+    model, tokenizer, _ = loaded
+    tokenizer.chat_template = None
+    with pytest.raises(BadInput, match=r"no chat template.*generate"):
+        Chat(model, tokenizer, Sampling(), 8)
