@@ -2,12 +2,42 @@
 PYTHON ?= python3
 KERNELS := packages/codegemm-kernels
 SOURCES := $(CURDIR)/$(KERNELS)/src:$(CURDIR)/packages/codegemm-runtime/src:$(CURDIR)/packages/codegemm-quant/src:$(CURDIR)/packages/codegemm-eval/src
+COMPILED = $(shell git ls-files '$(KERNELS)/*.h' '$(KERNELS)/*.cpp' '$(KERNELS)/*.cu' '$(KERNELS)/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help inplace
+.PHONY: help setup lint format typecheck test quickstart wheels clean inplace
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup:  ## Create the virtual environment with all four packages
+	uv sync --locked
+
+lint:  ## Check style: ruff and clang-format
+	uv run --no-sync ruff check
+	uv run --no-sync ruff format --check
+	uv run --no-sync clang-format --dry-run --Werror $(COMPILED)
+
+format:  ## Rewrite the sources in the house style
+	uv run --no-sync ruff check --fix
+	uv run --no-sync ruff format
+	uv run --no-sync clang-format -i $(COMPILED)
+
+typecheck:  ## mypy in strict mode
+	uv run --no-sync mypy
+
+test:  ## Run all tests
+	uv run pytest
+
+quickstart:  ## Quantise the bundled model and compare it with the dense one
+	uv run tools/quickstart.py
+
+wheels:  ## Build the four wheels into dist/
+	uv build --all-packages --wheel --out-dir dist
+
+clean:  ## Remove what was built; the virtual environment stays
+	rm -rf dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis packages/*/build
+	find packages tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 inplace:  ## Build the compiled module into the source tree with what PYTHON has (no network), and print the PYTHONPATH
 	@python="$$($(PYTHON) -c 'import sys; print(sys.executable)')" && pybind11="$$($(PYTHON) -m pybind11 --cmakedir)" && \
