@@ -225,3 +225,8 @@ gemm = torch.ops.codegemm.gemm.default
 """`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]: one dtype throughout, sums in fp32."""
 dequantize = torch.ops.codegemm.dequantize.default
 """W [N, K] of a stored matrix, in the dtype of `codebooks`."""
+
+
+def available_kernels() -> tuple[str, bool]:
+    """The instruction set whose CPU kernels run on this processor, and whether the CUDA kernels were compiled in."""
+    return _C.cpu_features(), _C.has_cuda

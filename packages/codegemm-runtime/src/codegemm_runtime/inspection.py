@@ -199,8 +199,9 @@ def kernel_path() -> str:
         from codegemm_kernels import ops
     except ImportError as error:
         return f"none: the compiled module cannot be imported ({error})"
-    cpu = f"cpu ({ops._C.cpu_features()})"
+    instructions, has_cuda = ops.available_kernels()
+    cpu = f"cpu ({instructions})"
     if not torch.cuda.is_available():
         return f"{cpu}; no GPU found"
     name = torch.cuda.get_device_name()
-    return f"cuda ({name}); {cpu}" if ops._C.has_cuda else f"{cpu}; built without CUDA kernels, {name} stays unused"
+    return f"cuda ({name}); {cpu}" if has_cuda else f"{cpu}; built without CUDA kernels, so {name} stays unused"
