@@ -42,6 +42,17 @@ assert "codegemm" in registry.AUTO_QUANTIZER_MAPPING
     assert result.returncode == 0, result.stderr
 
 
+def test_the_integration_imported_first(run_python: Run) -> None:
+    """It imports the registry, whose watcher then meets it half-run."""
+    script = """
+import codegemm_runtime.hf
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "codegemm" in AUTO_QUANTIZER_MAPPING
+"""
+    result = run_python("-c", script)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_half_run_registry_registers_at_a_later_import(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry that itself triggered `import torch` is not complete when torch calls us."""
     complete = importlib.import_module(autoload.REGISTRY)

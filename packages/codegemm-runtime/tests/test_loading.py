@@ -46,7 +46,7 @@ def test_published_folder(
 
     declared = load_model(checkpoint.folder, device)
     assert {p.dtype for p in declared.parameters() if p.is_floating_point()} == {torch.float16}
-    assert relative_error(declared(ids.to(device)).logits, exact) < 5e-3  # half a step of fp16 in every operation
+    assert relative_error(declared(ids.to(device)).logits, exact) < 5e-3  # dense fp16 itself is at 1.7e-3
     wide = load_model(checkpoint.folder, device, torch.float32)
     assert relative_error(wide(ids.to(device)).logits, exact) < 1e-3
 

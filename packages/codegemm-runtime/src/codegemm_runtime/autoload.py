@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -57,9 +58,10 @@ class _RegistryWatcher(MetaPathFinder):
             return
         self.registered = True
         try:
-            from codegemm_runtime.hf import register
-
-            register()
+            integration = import_module("codegemm_runtime.hf")
+            if hasattr(integration, "register"):
+                integration.register()
+            # Without it, that module is what imported the registry: it is half-run itself and registers at its end.
         except Exception as error:  # an exception here would make `import torch` or `import transformers` fail
             logging.getLogger(__name__).warning(
                 "codegemm checkpoints cannot be loaded: registration with transformers failed (%r)", error

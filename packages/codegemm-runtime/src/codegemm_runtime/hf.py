@@ -184,3 +184,6 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(CodeGemmConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(CodeGemmQuantizer)
+
+
+register()

@@ -91,7 +91,7 @@ class Inspection:
     def table(self) -> str:
         """The rows and totals as text."""
         width = max((len(row.name) for row in self.layers), default=5)
-        lines = [f"{'layer':{width}}  {'out x in':>15}  {'scheme':>10}  {'bits':>6}  {'bytes':>13}"]
+        lines = [f"{'layer':{width}}  {'out x in':>15}  {'scheme':>10}  {'bits':>6}  {'bytes':>13}"] * bool(self.layers)
         lines += [
             f"{row.name:{width}}  {f'{row.out_features} x {row.in_features}':>15}  {row.scheme!s:>10}  "
             f"{row.bits:6.3f}  {row.nbytes:13,}"
