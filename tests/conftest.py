@@ -23,7 +23,7 @@ def train_demo_model() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def quickstart() -> ModuleType:
+def quickstart_tool() -> ModuleType:
     return load_tool("quickstart")
 
 

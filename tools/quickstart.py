@@ -66,9 +66,11 @@ def run(config: Quickstart) -> dict[str, Any]:
     """The whole road. Returns the JSON object of the last line."""
     from codegemm_eval.report import markdown_table, save_chart, terminal_table
     from codegemm_eval.score import evaluate_folder, score_folder
+    from codegemm_kernels import CodebookScheme
     from codegemm_quant import QuantizeConfig, quantize
     from codegemm_runtime.loading import choose_device, resolve_folder
 
+    CodebookScheme.parse(config.scheme)  # a typing mistake should not cost the first evaluation
     model, calibration, validation = inputs(config)
     dense = resolve_folder(model)
     checkpoint = config.out / f"{dense.resolve().name}-{config.scheme}"
