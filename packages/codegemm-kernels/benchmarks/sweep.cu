@@ -57,7 +57,7 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
   const auto kernel = psumbook_kernel<T, V, kShare, kSlots>;
   constexpr int kThreads = kConsumerWarps * 32 + 32;
   for (int cluster : {2, 4, 8, 16}) {
-    for (int stages : {2, 3, 4, 8}) {
+    for (int stages : {2, 4, 8}) {
       Gemm call = make_call(d, q, 0);
       Product p = make_product(&call, 1);
       LaunchConfig config = {0, kThreads, 200 * 1024, cluster, dependent};
@@ -87,45 +87,32 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
   }
 }
 
-template <int V, int kTokenTiles, bool kScaleSums, int kThreads, int kBlocks>
+template <int V, int kTokenTiles, bool kScaleSums, int kWarps>
 void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
-  const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kThreads, kBlocks>;
-  const int tables = (q.m + 1) / 2 * kMmaTableBytes, step_bytes = V / 2 * kTokenTiles * 512;
+  const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kWarps>;
   for (int cluster : {1, 2, 4, 8, 16}) {
-    for (int warps : {kThreads / 32, kThreads / 64}) {
-      for (int k_warps : {1, 2, 4}) {
+    const int clusters = cluster == 1 ? 132 : active_clusters(kernel, {0, kWarps * 32 + 32, 220 * 1024, cluster, false});
+    for (int k_warps : {1, 2, 4, 8}) {
+      for (int steps_a_warp : {1, 2}) {
         Gemm call = make_call(d, q, 0);
         Product p = make_product(&call, 1);
-        MmaShape shape = {k_warps, 0, 0};
-        const int steps = (p.words + 3) / 4, slice = (steps + cluster - 1) / cluster;
-        const int limit = kBlocks > 1 ? kSharedLimit / kBlocks - 1024 : kSharedLimit;
-        shape.chunk_steps = std::min(slice, (limit - tables) / 2 / step_bytes);
-        if (shape.chunk_steps < 1) continue;
-        const int clusters_guess = std::max(1, 132 * kBlocks / cluster);
-        int rows = int(ceil_div(ceil_div(q.rows, clusters_guess), 32) * 32);
-        const int room = (limit - tables - shape.chunk_steps * step_bytes) / (k_warps * 8 * kTokenTiles * 4) - 4;
-        const int passes = int(ceil_div(rows, std::max(32, room / 32 * 32)));
-        rows = int(ceil_div(ceil_div(rows, passes), 32) * 32);
-        p.rows_per_range = rows;
-        LaunchConfig config = {0, warps * 32,
-                               tables + shape.chunk_steps * step_bytes + k_warps * 8 * kTokenTiles * (rows + 4) * 4,
-                               cluster, dependent};
-        if (config.shared_bytes > kSharedLimit) continue;
-        const int clusters = active_clusters(kernel, config);
-        if (clusters == 0) continue;
-        shape.num_ranges = int(ceil_div(q.rows, rows));
-        config.blocks = std::min(clusters, shape.num_ranges) * cluster;
+        MmaShape shape;
+        if (!make_mma_shape(shape, p, V, kTokenTiles, kWarps, cluster, clusters, k_warps, steps_a_warp,
+                            kSharedLimit - 2048))
+          continue;
+        const LaunchConfig config = {shape.clusters * cluster, kWarps * 32 + 32, shape.bytes, cluster, dependent};
         const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
           Gemm c = make_call(d, q, i);
           Product product = make_product(&c, 1);
-          product.rows_per_range = rows;
+          product.rows_per_range = p.rows_per_range;
           bench::require(launch_kernel(kernel, config, stream, product, shape), "codebook_mma");
         });
-        char plan[160];
+        char plan[200];
         std::snprintf(plan, sizeof plan,
-                      "tiles %d sums %d threads %d blocks %d | cluster %d warps %d/%d chunk %d of %d ranges %d fit %d rows %d%s",
-                      kTokenTiles, kScaleSums, kThreads, kBlocks, cluster, warps, k_warps, shape.chunk_steps, slice,
-                      shape.num_ranges, clusters, rows, dependent ? " pdl" : "");
+                      "tiles %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d%s",
+                      kTokenTiles, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
+                      shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range,
+                      dependent ? " pdl" : "");
         report(out, q, "mma", plan, us, stream_us);
       }
     }
@@ -150,22 +137,23 @@ void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
     time_psumbook<V, kShare, 4>(out, d, q, stream, dependent, 0);
   }
 #ifdef CODEGEMM_ABLATE
-  for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2>(out, d, q, stream, false, ablate);
+  if (q.columns == 4096) for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2>(out, d, q, stream, false, ablate);
 #endif
 }
 
 template <int V>
 void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
+  time_mma<V, 1, true, 16>(out, d, q, stream, true);
   q.tokens = 8;
-  time_mma<V, 1, true, 512, 1>(out, d, q, stream, false);
-  time_mma<V, 1, true, 256, 2>(out, d, q, stream, false);
-  time_mma<V, 1, false, 512, 1>(out, d, q, stream, false);
+  time_mma<V, 1, true, 16>(out, d, q, stream, false);
+  time_mma<V, 1, false, 16>(out, d, q, stream, false);
   q.tokens = 16;
-  time_mma<V, 2, true, 512, 1>(out, d, q, stream, false);
+  time_mma<V, 2, true, 16>(out, d, q, stream, false);
   q.tokens = 32;
-  time_mma<V, 4, false, 512, 1>(out, d, q, stream, false);
+  time_mma<V, 4, false, 16>(out, d, q, stream, false);
+  time_mma<V, 4, false, 8>(out, d, q, stream, false);
   q.tokens = 64;
-  time_mma<V, 8, false, 256, 1>(out, d, q, stream, false);
+  time_mma<V, 8, false, 8>(out, d, q, stream, false);
 }
 
 }  // namespace

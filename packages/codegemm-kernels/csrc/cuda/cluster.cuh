@@ -13,6 +13,8 @@ namespace codegemm::cuda {
 #define CODEGEMM_HAS_CLUSTERS 0
 #endif
 
+constexpr int kMaxCluster = 16;
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -34,6 +36,16 @@ __device__ __forceinline__ int cluster_size() {
   return int(size);
 #else
   return 1;
+#endif
+}
+
+__device__ __forceinline__ int cluster_index() {
+#if CODEGEMM_HAS_CLUSTERS
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return int(index);
+#else
+  return blockIdx.x;
 #endif
 }
 

@@ -9,7 +9,10 @@
 //
 // The address of a lookup is one byte permutation: code in byte 1, the lane's copy in byte 0.
 //
-// A warp multiplies tiles of 32 rows. Lane l = 4g + c loads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), and
+// Codes and scales arrive through a ring of stages (ring.cuh): a stage has rows of row_warps tiles, stage_steps steps
+// and all codebooks. A row of the box is 8 words longer than its rows, which makes the 16-byte reads conflict-free.
+//
+// A warp multiplies tiles of 32 rows. Lane l = 4g + c reads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), and
 // byte b of the words is one (v = 4), two or four k16 steps of two m16n8k16 tiles: rows 4g, 4g+1 are the rows g, g+8
 // of the first tile, rows 4g+2, 4g+3 of the second. That permutes K and the rows. The k order costs nothing, since x
 // is laid out in shared memory as the B operands are read, once a block; the row order is undone when sums are stored.
@@ -23,24 +26,70 @@
 #include "cluster.cuh"
 #include "element.cuh"
 #include "product.h"
+#include "ring.cuh"
 
 namespace codegemm::cuda {
 
 constexpr int kMmaTileRows = 32;
-constexpr int kMmaPrefetch = 4;  // 16-byte code loads in flight a lane
 constexpr int kMmaTableBytes = 64 * 1024;
 
-// How the launch divides shared memory and warps; chosen by the launcher.
+// How a launch divides K, rows and shared memory; chosen by the launcher. A block has the codebook tables at the start
+// of its dynamic shared memory, then the ring, x of chunk_steps steps, and 8*kTokenTiles x (rows_per_range + 4) sums.
 struct MmaShape {
-  int k_warps;      // warps that divide a chunk of K; the others divide its rows
-  int chunk_steps;  // steps (4 words) of K whose x is in shared memory at a time
+  int k_warps;      // warps that divide the steps of a stage; the others divide its rows
+  int stage_rows;   // 32 a warp in the direction of rows
+  int stage_steps;  // a multiple of k_warps
+  int stages, stage_bytes;
+  int chunk_steps;  // steps of K whose x is in shared memory at a time
   int num_ranges;   // ranges of rows_per_range rows; cluster i computes range i, i + clusters, ...
+  int clusters;
+  int share_rows;   // rows of a range that each block of a cluster stores
+  int ring, x, sums, bytes;  // offsets; the whole
+  Shares steps;              // of the blocks of a cluster
 };
+
+// Divides a launch for clusters of `cluster` blocks, `clusters` of them at once, and sets p.rows_per_range. False if
+// `shared_bytes` do not suffice for two stages, one step of x and one tile of sums.
+inline bool make_mma_shape(MmaShape& shape, Product& p, int vector_length, int token_tiles, int warps, int cluster,
+                           int clusters, int k_warps, int steps_a_warp, int shared_bytes) {
+  const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+  const int steps = (p.words + 3) / 4, slice = (steps + cluster - 1) / cluster;
+  const int x_bytes = vector_length / 2 * token_tiles * 512, column_bytes = 8 * token_tiles * 4;
+  const int tables = (p.num_codebooks + 1) / 2 * kMmaTableBytes;
+  shape.k_warps = k_warps;
+  shape.stage_rows = kMmaTileRows * (warps / k_warps);
+  shape.stage_steps = k_warps * steps_a_warp;
+  const int groups = (shape.stage_steps * 4 - 1) / int(p.words_per_group.value) + 2;
+  shape.stage_bytes = p.num_codebooks * shape.stage_steps * 16 * (shape.stage_rows + 8) + groups * shape.stage_rows * 2;
+  const int room = shared_bytes - tables - 2 * shape.stage_bytes;
+  shape.chunk_steps = slice;
+  if (slice * x_bytes > room - column_bytes * (kMmaTileRows + 4))
+    shape.chunk_steps = room / 2 / x_bytes / shape.stage_steps * shape.stage_steps;
+  if (room < 0 || (shape.chunk_steps < 1 && slice > 0)) return false;
+  const int64_t even = round_up((p.total_rows + clusters - 1) / clusters, kMmaTileRows);
+  const int64_t most = ((room - shape.chunk_steps * x_bytes) / column_bytes - 4) / kMmaTileRows * kMmaTileRows;
+  if (most < kMmaTileRows) return false;
+  const int64_t passes = (even + most - 1) / most;
+  p.rows_per_range = int(round_up((even + passes - 1) / passes, kMmaTileRows));
+  shape.num_ranges = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range);
+  shape.clusters = clusters < shape.num_ranges ? clusters : shape.num_ranges;
+  shape.share_rows = (p.rows_per_range + cluster - 1) / cluster;
+  shape.steps = {steps / cluster, steps % cluster};
+  const int rest = shape.chunk_steps * x_bytes + column_bytes * (p.rows_per_range + 4);
+  shape.stages = (shared_bytes - tables - rest) / shape.stage_bytes;
+  if (shape.stages > kMaxStages) shape.stages = kMaxStages;
+  shape.ring = tables;
+  shape.x = shape.ring + shape.stages * shape.stage_bytes;
+  shape.sums = shape.x + shape.chunk_steps * x_bytes;
+  shape.bytes = shape.sums + column_bytes * (p.rows_per_range + 4);
+  return true;
+}
 
 // Copies the codebooks of a segment into the layout above.
 template <typename T, int V>
-__device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* codebooks, int num_codebooks) {
-  for (int i = threadIdx.x; i < num_codebooks * 256 * 8; i += blockDim.x) {
+__device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* codebooks, int num_codebooks,
+                                               int consumers) {
+  for (int i = threadIdx.x; i < num_codebooks * 256 * 8; i += consumers) {
     const int codebook = i / 2048, entry = i / 8 % 256, chunk = i % 8;
     const T* source = codebooks + (codebook * 256 + entry) * V;
     uint4 value;
@@ -57,12 +106,12 @@ __device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* c
 
 // Lays x of steps [first_step, last_step) out as B operands: 16 bytes for lane 4*token + c hold 8 elements of a word.
 template <typename T, int V, int kTokenTiles>
-__device__ __forceinline__ void stage_x(uint4* staged, const Product& p, int first_step, int last_step) {
+__device__ __forceinline__ void stage_x(uint4* staged, const Product& p, int first_step, int last_step, int consumers) {
   constexpr int kChunks = V / 2;  // 8-element chunks of a word
   const int chunks = (last_step - first_step) * 4 * kChunks;
   for (int token = 0; token < 8 * kTokenTiles; ++token) {
     const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride + int64_t(first_step) * 16 * V;
-    for (int i = threadIdx.x; i < chunks; i += blockDim.x) {
+    for (int i = threadIdx.x; i < chunks; i += consumers) {
       const int step = i / (4 * kChunks), c = i / kChunks % 4;
       int chunk = i % kChunks;
       if (V == 16) chunk ^= c / 2;  // lanes c = 2, 3 take the upper half of an entry first
@@ -78,36 +127,6 @@ struct MmaItem {
   uint4 codes;
   uint2 scales;
 };
-
-// Walks over the items of a warp: codebooks fastest, then steps, then row tiles.
-struct MmaCursor {
-  int row;       // of the segment, the first of the tile
-  int step;
-  int codebook;
-
-  __device__ __forceinline__ void advance(int num_codebooks, int first_step, int last_step, int row_step) {
-    if (++codebook < num_codebooks) return;
-    codebook = 0;
-    if (++step < last_step) return;
-    step = first_step;
-    row += row_step;
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ MmaItem load_item(const Product& p, const Segment& segment, const MmaCursor& at,
-                                             int last_row, int lane) {
-  const int word = at.step * 4 + lane % 4, row = at.row + lane / 4 * 4;
-  MmaItem item = {make_uint4(0, 0, 0, 0), make_uint2(0, 0)};
-  if (word < p.words && row < last_row) {
-    const int64_t rows = segment.out_features;
-    item.codes = load_streaming(
-        reinterpret_cast<const uint4*>(segment.codes + (int64_t(at.codebook) * p.words + word) * rows + row));
-    item.scales = __ldg(
-        reinterpret_cast<const uint2*>(static_cast<const T*>(segment.scales) + word / p.words_per_group * rows + row));
-  }
-  return item;
-}
 
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, __half2 scale) {
   const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&pair), scale);
@@ -214,116 +233,161 @@ __device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[
   }
 }
 
-// Rows [first, last) of a segment times one chunk of K, by the warps that have `row_warp` of `row_warps`.
-template <typename T, int V, int kTokenTiles, bool kScaleSums>
-__device__ __forceinline__ void multiply_chunk(const Product& p, const Segment& segment, int first, int last,
-                                               int first_step, int last_step, int chunk_first, int row_warp,
-                                               int row_warps, const unsigned char* tables, const uint4* staged,
-                                               float* sums, int pitch, bool add) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t copy = V == 4   ? lane % 16 * 8
-                        : V == 8 ? lane % 8 * 16
-                                 : lane / 2 % 2 * 64 + (lane / 4 % 2 * 2 + lane % 2) * 16;
-  const int row_step = row_warps * kMmaTileRows;
-  float total[2][kTokenTiles][4] = {}, step[2][kTokenTiles][4] = {};
-  if (first_step == last_step) {  // more blocks than steps: this one adds nothing, but its sums are read
-    for (int row = first + row_warp * kMmaTileRows; row < last && !add; row += row_step)
-      put_sums<kTokenTiles>(sums + (row - first), pitch, total, false, last - row, lane);
-    return;
-  }
-  MmaCursor loading = {first + row_warp * kMmaTileRows, first_step, 0}, at = loading;
-  MmaItem items[kMmaPrefetch];
-#pragma unroll
-  for (int i = 0; i < kMmaPrefetch; ++i) {
-    items[i] = load_item<T>(p, segment, loading, last, lane);
-    loading.advance(p.num_codebooks, first_step, last_step, row_step);
-  }
-  while (at.row < last) {
-#pragma unroll
-    for (int i = 0; i < kMmaPrefetch; ++i) {
-      if (at.row >= last) break;
-      const unsigned char* table = tables + at.codebook / 2 * kMmaTableBytes + at.codebook % 2 * 128;
-      const uint4* x = staged + (at.step - chunk_first) * (V / 2 * kTokenTiles * 32) + lane;
-      multiply_item<T, V, kTokenTiles, !kScaleSums>(kScaleSums ? step : total, items[i], table, x, copy);
-      const bool tile_ends = at.step + 1 == last_step && at.codebook + 1 == p.num_codebooks;
-      if (kScaleSums && at.codebook + 1 == p.num_codebooks) scale_sums<T>(total, step, items[i].scales);
-      if (tile_ends) put_sums<kTokenTiles>(sums + (at.row - first), pitch, total, add, last - at.row, lane);
-      at.advance(p.num_codebooks, first_step, last_step, row_step);
-      items[i] = load_item<T>(p, segment, loading, last, lane);
-      loading.advance(p.num_codebooks, first_step, last_step, row_step);
+// A part of a launch that one block computes: rows [row, row + rows) of a segment times steps [first_step, last_step).
+struct MmaPart {
+  int64_t row;
+  int rows, first_step, last_step;
+};
+
+// The producer warp: fills the ring with a part, row blocks outside, steps inside.
+template <typename T>
+__device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, unsigned char* stages, const Product& p,
+                                          const MmaShape& shape, const Segment& segment, const MmaPart& part,
+                                          int lane) {
+  const int64_t n = segment.out_features;
+  const int pitch = (shape.stage_rows + 8) * 4, book_bytes = shape.stage_steps * 4 * pitch;
+  for (int row = 0; row < part.rows; row += shape.stage_rows) {
+    const int rows = min(shape.stage_rows, part.rows - row);
+    for (int step = part.first_step; step < part.last_step; step += shape.stage_steps) {
+      unsigned char* stage = stages + at.stage * shape.stage_bytes;
+      const int word = step * 4, words = min(min(shape.stage_steps, part.last_step - step) * 4, p.words - word);
+      const int group = word / p.words_per_group, groups = (word + words - 1) / p.words_per_group - group + 1;
+      begin_fill(ring, at, rows * (4 * words * p.num_codebooks + 2 * groups), lane);
+      for (int i = 0; i < p.num_codebooks; ++i)
+        copy_runs(ring, at, stage + i * book_bytes, pitch,
+                  reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(i) * p.words + word) * n + part.row +
+                                                         row),
+                  n * 4, words, rows * 4, lane);
+      copy_runs(ring, at, stage + p.num_codebooks * book_bytes, shape.stage_rows * 2,
+                reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + group * n + part.row +
+                                                       row),
+                n * 2, groups, rows * 2, lane);
+      end_fill(ring, at);
+      at.advance(shape.stages);
     }
   }
 }
 
-// Adds the sums of all ranks and k_warps of the cluster in order, and stores this block's share of the rows.
-template <typename T>
-__device__ __forceinline__ void reduce_tokens(const Product& p, const float* sums, int pitch, int padded_tokens,
-                                              int k_warps, int64_t first, int64_t last) {
-  const int rank = cluster_rank(), size = cluster_size();
-  const int share = (p.rows_per_range + size - 1) / size;
-  for (int i = threadIdx.x; i < share * p.tokens; i += blockDim.x) {
-    const int token = i / share, place = rank * share + i % share;
-    const int64_t row = first + place;
-    if (place >= p.rows_per_range || row >= last) continue;
-    float sum = 0;
-    for (int k = 0; k < k_warps; ++k) {
-      const uint32_t address = shared_address(sums + (k * padded_tokens + token) * pitch + place);
-#pragma unroll 4
-      for (int r = 0; r < size; ++r) sum += load_from_rank(address, r);
+// A consumer warp: its tiles of a part, added to sums[token][row of the part], or stored if `add` is false.
+template <typename T, int V, int kTokenTiles, bool kScaleSums>
+__device__ __forceinline__ void multiply_part(RingBarriers& ring, RingPlace& at, const unsigned char* shared,
+                                              const Product& p, const MmaShape& shape, const MmaPart& part,
+                                              int chunk_first, float* sums, bool add, int consumers) {
+  const int lane = threadIdx.x % 32, k_warp = threadIdx.x / 32 % shape.k_warps;
+  const int tile = threadIdx.x / 32 / shape.k_warps * kMmaTileRows, pitch = shape.stage_rows + 8;
+  const int book_bytes = shape.stage_steps * 16 * pitch, sums_pitch = p.rows_per_range + 4;
+  const uint32_t copy = V == 4   ? lane % 16 * 8
+                        : V == 8 ? lane % 8 * 16
+                                 : lane / 2 % 2 * 64 + (lane / 4 % 2 * 2 + lane % 2) * 16;
+  const uint4* x = reinterpret_cast<const uint4*>(shared + shape.x) + lane;
+  float total[2][kTokenTiles][4] = {}, step_sum[2][kTokenTiles][4] = {};
+  for (int row = 0; row < part.rows; row += shape.stage_rows) {
+    for (int step = part.first_step; step < part.last_step; step += shape.stage_steps) {
+      const unsigned char* stage = shared + shape.ring + at.stage * shape.stage_bytes;
+      const unsigned char* codes = stage + (lane % 4 * pitch + tile + lane / 4 * 4) * 4;
+      const unsigned char* scales = stage + p.num_codebooks * book_bytes + (tile + lane / 4 * 4) * 2;
+      const int first_group = step * 4 / p.words_per_group;
+      wait(&ring.full[at.stage], at.phase);
+      for (int s = k_warp; s < shape.stage_steps && row + tile < part.rows; s += shape.k_warps) {
+        if (step + s >= part.last_step) break;
+        const int group = min((step + s) * 4 + lane % 4, p.words - 1) / p.words_per_group;
+        MmaItem item;
+        item.scales = *reinterpret_cast<const uint2*>(scales + (group - first_group) * shape.stage_rows * 2);
+        for (int i = 0; i < p.num_codebooks; ++i) {
+          item.codes = *reinterpret_cast<const uint4*>(codes + i * book_bytes + s * 16 * pitch);
+          multiply_item<T, V, kTokenTiles, !kScaleSums>(
+              kScaleSums ? step_sum : total, item, shared + i / 2 * kMmaTableBytes + i % 2 * 128,
+              x + (step + s - chunk_first) * (V / 2 * kTokenTiles * 32), copy);
+        }
+        if (kScaleSums) scale_sums<T>(total, step_sum, item.scales);
+      }
+      __syncwarp();
+      if (lane == 0) arrive(&ring.empty[at.stage]);
+      at.advance(shape.stages);
     }
+    for (int k = 0; k < shape.k_warps; ++k) {  // in this order: the sums do not depend on which warp is faster
+      if (k == k_warp)
+        put_sums<kTokenTiles>(sums + row + tile, sums_pitch, total, add || k > 0, part.rows - row - tile, lane);
+      if (shape.k_warps > 1) consumer_sync(consumers);
+    }
+  }
+}
+
+// Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows.
+template <typename T>
+__device__ __forceinline__ void reduce_tokens(const Product& p, const float* sums, int share, int64_t first,
+                                              int64_t last) {
+  const int rank = cluster_rank(), size = cluster_size(), pitch = p.rows_per_range + 4;
+  for (int i = threadIdx.x; i < share; i += blockDim.x) {
+    const int64_t row = first + rank * share + i;
+    if (row >= last) break;
     int s = 0;
     while (s + 1 < p.segments && row >= p.segment[s + 1].first_row) ++s;
     const Segment& segment = p.segment[s];
     const int64_t n = row - segment.first_row;
-    if (segment.bias) sum += to_float(static_cast<const T*>(segment.bias)[n]);
-    static_cast<T*>(segment.y)[token * segment.out_features + n] = from_float<T>(sum);
+    const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
+    for (int token = 0; token < p.tokens; ++token) {
+      const uint32_t address = shared_address(sums + token * pitch + rank * share + i);
+      float part[kMaxCluster];  // all loads first: their latency is paid once
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r) part[r] = r < size ? load_from_rank(address, r) : 0.0f;
+      float sum = 0;
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r) sum += part[r];
+      static_cast<T*>(segment.y)[token * segment.out_features + n] = from_float<T>(sum + bias);
+    }
   }
 }
 
-// Dynamic shared memory: (m+1)/2 tables of 64 KB; x of chunk_steps steps; k_warps x 8*kTokenTiles x pitch sums.
-template <typename T, int V, int kTokenTiles, bool kScaleSums, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks) codebook_mma_kernel(const __grid_constant__ Product p,
-                                                                const __grid_constant__ MmaShape shape) {
+// kWarps consumer warps and a producer.
+template <typename T, int V, int kTokenTiles, bool kScaleSums, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32 + 32, 1)
+    codebook_mma_kernel(const __grid_constant__ Product p, const __grid_constant__ MmaShape shape) {
+  constexpr int kConsumers = kWarps * 32;
   extern __shared__ __align__(1024) unsigned char mma_shared[];
-  uint4* staged = reinterpret_cast<uint4*>(mma_shared + (p.num_codebooks + 1) / 2 * kMmaTableBytes);
-  float* sums = reinterpret_cast<float*>(staged + shape.chunk_steps * (V / 2 * kTokenTiles * 32));
-  const int pitch = p.rows_per_range + 4;  // 4 more than a multiple of 16 words: float4 stores without conflicts
-  const int warp = threadIdx.x / 32, k_warp = warp % shape.k_warps, row_warp = warp / shape.k_warps;
-  const int row_warps = blockDim.x / 32 / shape.k_warps;
-  const int size = cluster_size(), rank = cluster_rank(), steps = (p.words + 3) / 4;
-  const int slice_first = steps * rank / size, slice_last = steps * (rank + 1) / size;
-  float* warp_sums = sums + k_warp * (8 * kTokenTiles) * pitch;
-
+  __shared__ RingBarriers ring;
+  float* sums = reinterpret_cast<float*>(mma_shared + shape.sums);
+  const int lane = threadIdx.x % 32;
+  const bool producer = threadIdx.x >= kConsumers;
+  const int slice_first = shape.steps.first(cluster_rank()), slice_last = shape.steps.first(cluster_rank() + 1);
+  if (threadIdx.x == kConsumers) init_ring(ring, shape.stages, kWarps);
+  __syncthreads();
   allow_next_kernel();
+
+  RingPlace at;
   int copied_segment = -1, staged_step = -1;
-  for (int range = blockIdx.x / size; range < shape.num_ranges; range += gridDim.x / size) {
+  for (int range = cluster_index(); range < shape.num_ranges; range += shape.clusters) {
     const int64_t first = int64_t(range) * p.rows_per_range, last = min(first + p.rows_per_range, p.total_rows);
     for (int s = 0; s < p.segments; ++s) {
       const Segment& segment = p.segment[s];
       const int64_t from = max(first, segment.first_row), to = min(last, segment.first_row + segment.out_features);
       if (from >= to) continue;
-      if (s != copied_segment) {
-        __syncthreads();  // the warps have finished with the previous codebooks
-        copy_codebooks<T, V>(mma_shared, static_cast<const T*>(segment.codebooks), p.num_codebooks);
-        if (copied_segment < 0) wait_for_previous_kernel();  // codebooks are weights: only x needs the wait
+      if (!producer && s != copied_segment) {
+        if (copied_segment >= 0) consumer_sync(kConsumers);  // the warps have finished with the previous codebooks
+        copy_codebooks<T, V>(mma_shared, static_cast<const T*>(segment.codebooks), p.num_codebooks, kConsumers);
+        if (copied_segment < 0) wait_for_previous_kernel();  // codes and codebooks are weights: only x needs the wait
         copied_segment = s;
       }
       for (int chunk = slice_first; chunk == slice_first || chunk < slice_last; chunk += shape.chunk_steps) {
-        const int chunk_last = min(chunk + shape.chunk_steps, slice_last), chunk_steps = chunk_last - chunk;
+        const MmaPart part = {from - segment.first_row, int(to - from), chunk,
+                              min(chunk + shape.chunk_steps, slice_last)};
+        if (producer) {
+          fill_part<T>(ring, at, mma_shared + shape.ring, p, shape, segment, part, lane);
+          continue;
+        }
         if (chunk != staged_step) {
-          __syncthreads();  // the warps have finished with the previous x
-          stage_x<T, V, kTokenTiles>(staged, p, chunk, chunk_last);
+          if (staged_step >= 0) consumer_sync(kConsumers);  // the warps have finished with the previous x
+          stage_x<T, V, kTokenTiles>(reinterpret_cast<uint4*>(mma_shared + shape.x), p, chunk, part.last_step,
+                                     kConsumers);
           staged_step = chunk;
         }
-        __syncthreads();
-        multiply_chunk<T, V, kTokenTiles, kScaleSums>(
-            p, segment, int(from - segment.first_row), int(to - segment.first_row),
-            chunk + chunk_steps * k_warp / shape.k_warps, chunk + chunk_steps * (k_warp + 1) / shape.k_warps, chunk,
-            row_warp, row_warps, mma_shared, staged, warp_sums + (from - first), pitch, chunk != slice_first);
+        consumer_sync(kConsumers);
+        multiply_part<T, V, kTokenTiles, kScaleSums>(ring, at, mma_shared, p, shape, part, chunk, sums + (from - first),
+                                                     chunk != slice_first, kConsumers);
       }
     }
     cluster_sync();
-    reduce_tokens<T>(p, sums, pitch, 8 * kTokenTiles, shape.k_warps, first, last);
+    reduce_tokens<T>(p, sums, shape.share_rows, first, last);
     cluster_sync();  // no block overwrites its sums, or leaves, while another reads them
   }
 }

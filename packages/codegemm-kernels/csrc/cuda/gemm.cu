@@ -30,7 +30,7 @@ bool is_fast(const Gemm& call) {
   const Weight& w = call.weight;
   const int64_t word_inputs = 4 * w.vector_length, group = w.in_features / w.num_groups;
   return w.dtype != DType::kFloat32 && w.out_features % 8 == 0 && group % word_inputs == 0 &&
-         w.in_features < (int64_t(1) << 31) && w.out_features < (int64_t(1) << 31) && is_aligned(w.codes, 16) &&
+         w.in_features / word_inputs < 65536 && w.out_features < (int64_t(1) << 31) && is_aligned(w.codes, 16) &&
          is_aligned(w.codebooks, 16) && is_aligned(w.scales, 16) && is_aligned(call.x, 16) &&
          (call.rows == 1 || call.x_row_stride % 8 == 0);
 }

@@ -10,40 +10,29 @@ namespace codegemm::cuda {
 namespace {
 
 constexpr int kSlots = 2, kThreads = kConsumerWarps * 32 + 32;
-constexpr int kReserved = 2048;  // static shared memory and what the system keeps
-
-// Clusters of a size that run at once, one block a multiprocessor; asked for once a kernel and device.
-template <typename... Parameters>
-int resident_clusters(void (*kernel)(Parameters...), int device, int cluster) {
-  static int known[64][kMaxCluster + 1] = {};  // 0: not asked yet
-  int& clusters = known[device][cluster];
-  if (clusters == 0) {
-    const LaunchConfig config = {0, kThreads, device_limits(device).shared_bytes - kReserved, cluster, false};
-    clusters = active_clusters(kernel, config);
-    if (clusters == 0) clusters = -1;
-  }
-  return clusters;
-}
+constexpr int64_t kMostRows = 8192;  // of a range: 32 KB of sums
 
 template <typename T, int V, int kShare>
 const char* launch(Product product, int device, cudaStream_t stream) {
   const auto kernel = psumbook_kernel<T, V, kShare, kSlots>;
   const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
-  int cluster = 8;
-  while (cluster > 1 && (units < cluster || resident_clusters(kernel, device, cluster) < 1)) cluster /= 2;
-  const int clusters = resident_clusters(kernel, device, cluster);
+  int cluster = 8, clusters = 0;
+  for (; cluster > 0; cluster /= 2) {
+    clusters = units < cluster ? 0 : resident_clusters(kernel, kThreads, device, cluster);
+    if (clusters > 0) break;
+  }
   if (clusters < 1) return kDoesNotFit;
   const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), kPsumbookTileRows) * kPsumbookTileRows;
-  product.rows_per_range = int(std::min<int64_t>(even, 4096));
+  product.rows_per_range = int(std::min(even, kMostRows));
+  const int limit = device_limits(device).shared_bytes - kReservedShared;
   PsumbookLayout layout;
   int stages = kMaxStages;
   do {
     layout = make_psumbook_layout(product, V, kShare, kSlots, cluster, stages);
-  } while (layout.bytes > device_limits(device).shared_bytes - kReserved && --stages > 1);
+  } while (layout.bytes > limit && --stages > 1);
   if (stages < 2) return kDoesNotFit;
   const int ranges = int(ceil_div(product.total_rows, product.rows_per_range));
-  const LaunchConfig config = {ranges * cluster, kThreads, layout.bytes, cluster, true};
-  return launch_kernel(kernel, config, stream, product, layout);
+  return launch_kernel(kernel, {ranges * cluster, kThreads, layout.bytes, cluster, true}, stream, product, layout);
 }
 
 template <typename T>

@@ -37,7 +37,6 @@ namespace codegemm::cuda {
 
 constexpr int kPsumbookTileRows = 16;  // rows a warp handles at a time: 4 quads of 4
 constexpr int kPsumbookPairBytes = 64 * 1024;
-constexpr int kMaxCluster = 16;
 constexpr int kConsumerWarps = 16;
 constexpr int kStageRows = kConsumerWarps * kPsumbookTileRows;
 constexpr int kStagePitch = kStageRows + 4;  // words
@@ -111,42 +110,68 @@ __device__ __forceinline__ float reduce_rows(const float (&sum)[4], int lane) {
   return row + __shfl_xor_sync(~0u, row, 1);
 }
 
-// What a block knows of the boxes it reads: constants of a launch, or of one chunk of kSlots slots.
-struct Box {
-  int first_slot, slots;   // the chunk
-  int first_group, groups; // scale groups its words lie in
+// A chunk of up to kSlots slots: which they are, and the scale groups their words lie in.
+template <int kSlots>
+struct Chunk {
+  int slots;                // how many there are
+  int block[kSlots];        // the 32 positions of each slot
+  int codebook[kSlots];
+  int first_group, groups;
+
+  __device__ __forceinline__ Chunk(const Product& p, int first_slot, int last_slot) {
+    slots = min(kSlots, last_slot - first_slot);
+    block[0] = first_slot / p.codebooks;
+    codebook[0] = first_slot - block[0] * p.num_codebooks;
+#pragma unroll
+    for (int s = 1; s < kSlots; ++s) {
+      const bool next = codebook[s - 1] + 1 == p.num_codebooks;
+      block[s] = block[s - 1] + next;
+      codebook[s] = next ? 0 : codebook[s - 1] + 1;
+    }
+    first_group = block[0] * 8 / p.words_per_group;
+    int last_block = block[0];
+#pragma unroll
+    for (int s = 1; s < kSlots; ++s) last_block = s < slots ? block[s] : last_block;
+    groups = min(last_block * 8 + 7, p.words - 1) / p.words_per_group - first_group + 1;
+  }
 };
 
-__device__ __forceinline__ Box make_box(const Product& p, int first_slot, int last_slot, int most) {
-  Box box;
-  box.first_slot = first_slot;
-  box.slots = min(most, last_slot - first_slot);
-  box.first_group = first_slot / p.num_codebooks * 8 / p.words_per_group;
-  const int last_word = min((first_slot + box.slots - 1) / p.num_codebooks * 8 + 7, p.words - 1);
-  box.groups = last_word / p.words_per_group - box.first_group + 1;
-  return box;
-}
-
-// The producer warp: fills one stage with rows [row, row + rows) of the segment.
+// The producer warp's view of a chunk: where the runs of each slot start, for row 0 of the segment.
 template <typename T, int kSlots>
-__device__ __forceinline__ void fill_stage(RingBarriers& ring, const RingPlace& at, unsigned char* stage,
-                                           const Product& p, const Segment& segment, const Box& box, int64_t row,
-                                           int rows, int lane) {
-  const int64_t n = segment.out_features;
-  int words = 0;
-  for (int s = 0; s < box.slots; ++s) words += min(8, p.words - (box.first_slot + s) / p.num_codebooks * 8);
-  begin_fill(ring, at, rows * (4 * words + 2 * box.groups), lane);
-  for (int s = 0; s < box.slots; ++s) {
-    const int word = (box.first_slot + s) / p.num_codebooks * 8, codebook = (box.first_slot + s) % p.num_codebooks;
-    copy_runs(ring, at, stage + s * 8 * kStagePitch * 4, kStagePitch * 4,
-              reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(codebook) * p.words + word) * n + row),
-              n * 4, min(8, p.words - word), rows * 4, (lane - s * 8) & 31);
+struct Runs {
+  const unsigned char* codes[kSlots];
+  int words[kSlots];
+  const unsigned char* scales;
+  int groups, row_bytes;
+  int64_t rows;
+
+  __device__ __forceinline__ Runs(const Product& p, const Segment& segment, const Chunk<kSlots>& chunk) {
+    rows = segment.out_features;
+    groups = chunk.groups;
+    row_bytes = 2 * groups;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int word = chunk.block[s] * 8;
+      words[s] = s < chunk.slots ? min(8, p.words - word) : 0;
+      row_bytes += 4 * words[s];
+      codes[s] = reinterpret_cast<const unsigned char*>(segment.codes +
+                                                        (int64_t(chunk.codebook[s]) * p.words + word) * rows);
+    }
+    scales = reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + chunk.first_group * rows);
   }
-  copy_runs(ring, at, stage + kSlots * 8 * kStagePitch * 4, kStageRows * 2,
-            reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + box.first_group * n + row),
-            n * 2, box.groups, rows * 2, (lane - 16) & 31);
-  end_fill(ring, at);
-}
+
+  __device__ __forceinline__ void fill(RingBarriers& ring, const RingPlace& at, unsigned char* stage, int64_t row,
+                                       int count, int lane) const {
+    begin_fill(ring, at, count * row_bytes, lane);
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s)
+      copy_runs(ring, at, stage + s * 8 * kStagePitch * 4, kStagePitch * 4, codes[s] + row * 4, rows * 4, words[s],
+                count * 4, lane);
+    copy_runs(ring, at, stage + kSlots * 8 * kStagePitch * 4, kStageRows * 2, scales + row * 2, rows * 2, groups,
+              count * 2, lane);
+    end_fill(ring, at);
+  }
+};
 
 // Sums of the 16 rows at `tile` over the slots of a stage. scale_row[s]: where the lane's group of slot s lies.
 template <typename T, int kShare, int kSlots>
@@ -175,36 +200,25 @@ __device__ __forceinline__ float sum_tile(const unsigned char* table, const unsi
 
 // Fills the tables of a chunk from the block's slice of x and the codebooks, both in shared memory.
 template <typename T, int V, int kSlots>
-__device__ __forceinline__ void fill_tables(const Product& p, const Box& box, unsigned char* table, const T* x,
+__device__ __forceinline__ void fill_tables(const Chunk<kSlots>& chunk, unsigned char* table, const T* x,
                                             int first_block, int positions, const T* codebooks, int warp, int lane) {
   PositionFragments<T, V> fragments[kSlots];
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s)
-    fragments[s].load(x, (box.first_slot + s) / p.num_codebooks - first_block, positions, lane);
+  for (int s = 0; s < kSlots; ++s) fragments[s].load(x, chunk.block[s] - first_block, positions, lane);
 #pragma unroll
   for (int entry_tile = warp; entry_tile < 32; entry_tile += kConsumerWarps) {
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const T* codebook = codebooks + (box.first_slot + s) % p.num_codebooks * (256 * V);
-      fill_table<T, V>(table + s / 2 * kPsumbookPairBytes + s % 2 * 128, fragments[s], codebook, entry_tile, lane);
-    }
+    for (int s = 0; s < kSlots; ++s)
+      fill_table<T, V>(table + s / 2 * kPsumbookPairBytes + s % 2 * 128, fragments[s],
+                       codebooks + chunk.codebook[s] * (256 * V), entry_tile, lane);
   }
-}
-
-// The slots of one block of a cluster; slots that share a scale stay in one block.
-struct SlotRange {
-  int first, last;
-};
-__host__ __device__ inline SlotRange slots_of_rank(int words, int num_codebooks, int share, int rank, int size) {
-  const int units = (words + 7) / 8 * num_codebooks / share;
-  return {int(int64_t(units) * rank / size) * share, int(int64_t(units) * (rank + 1) / size) * share};
 }
 
 // Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows.
 template <typename T>
-__device__ __forceinline__ void reduce_and_store(const Product& p, const float* sums, int64_t first, int64_t last) {
+__device__ __forceinline__ void reduce_and_store(const Product& p, const float* sums, int share, int64_t first,
+                                                 int64_t last) {
   const int rank = cluster_rank(), size = cluster_size();
-  const int share = (p.rows_per_range + size - 1) / size;
   for (int i = threadIdx.x; i < share; i += blockDim.x) {
     const int64_t row = first + rank * share + i;
     if (row >= last) break;
@@ -228,6 +242,9 @@ __device__ __forceinline__ void reduce_and_store(const Product& p, const float* 
 struct PsumbookLayout {
   int stages, stage_bytes;
   int ring, sums, x, codebooks, bytes;  // offsets; the whole
+  int share_rows;                       // rows of a range that each block of the cluster stores
+  int share;                            // slots that share a scale stay in one block: a unit of `units`
+  Shares units;
 #ifdef CODEGEMM_ABLATE
   int ablate = 0;
 #endif
@@ -235,14 +252,18 @@ struct PsumbookLayout {
 
 inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, int share, int slots, int cluster,
                                            int stages) {
+  const int units = (p.words + 7) / 8 * p.num_codebooks / share;
+  PsumbookLayout layout;
+  layout.share = share;
+  layout.units = {units / cluster, units % cluster};
+  layout.share_rows = (p.rows_per_range + cluster - 1) / cluster;
   int x_words = 0;
   for (int rank = 0; rank < cluster; ++rank) {
-    const SlotRange range = slots_of_rank(p.words, p.num_codebooks, share, rank, cluster);
-    const int blocks = (range.last + p.num_codebooks - 1) / p.num_codebooks - range.first / p.num_codebooks;
+    const int first = layout.units.first(rank) * share, last = layout.units.first(rank + 1) * share;
+    const int blocks = (last + p.num_codebooks - 1) / p.num_codebooks - first / p.num_codebooks;
     x_words = blocks * 8 > x_words ? blocks * 8 : x_words;
   }
-  const int groups = (8 * slots - 1) / p.words_per_group + 2;  // the most that the words of a chunk lie in
-  PsumbookLayout layout;
+  const int groups = (8 * slots - 1) / int(p.words_per_group.value) + 2;  // the most the words of a chunk lie in
   layout.stages = stages;
   layout.stage_bytes = slots * 8 * kStagePitch * 4 + groups * kStageRows * 2;
   layout.ring = slots / 2 * kPsumbookPairBytes;
@@ -255,8 +276,8 @@ inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, 
 
 // Consumer warps: rows [from, to) of a segment times this block's slots, added to sums[0 .. to - from).
 template <typename T, int V, int kShare, int kSlots>
-__device__ __forceinline__ void multiply_segment(const Product& p, const PsumbookLayout& layout, SlotRange slots,
-                                                 int rows, RingBarriers& ring, RingPlace& at, unsigned char* shared,
+__device__ __forceinline__ void multiply_segment(const Product& p, const PsumbookLayout& layout, int first_slot,
+                                                 int last_slot, int rows, RingBarriers& ring, RingPlace& at, unsigned char* shared,
                                                  float* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t lane_offsets = 0x0c080400u + (lane % 8) * 0x10101010u;
@@ -266,17 +287,17 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Psumboo
     const uint32_t byte = (r + lane / 8) % 4;  // code byte to byte 1, position to byte 0, zeros (its sign) above
     selector[r] = (byte + 4) | byte << 4 | (byte + 12) * 0x1100u;
   }
-  const int first_block = slots.first / p.num_codebooks;
-  for (int slot = slots.first; slot < slots.last; slot += kSlots) {
-    const Box box = make_box(p, slot, slots.last, kSlots);
+  const int first_block = first_slot / p.codebooks;
+  for (int slot = first_slot; slot < last_slot; slot += kSlots) {
+    const Chunk<kSlots> chunk(p, slot, last_slot);
     int scale_row[kSlots / kShare];
 #pragma unroll
     for (int s = 0; s < kSlots; s += kShare) {
-      const int word = min((slot + s) / p.num_codebooks * 8 + lane % 8, p.words - 1);
-      scale_row[s / kShare] = (word / p.words_per_group - box.first_group) * kStageRows * 2;
+      const int word = min(chunk.block[s] * 8 + lane % 8, p.words - 1);
+      scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * kStageRows * 2;
     }
     consumer_sync(kConsumerWarps * 32);  // x and codebooks are there; every warp has finished with the last table
-    if (true ABLATE(2)) fill_tables<T, V, kSlots>(p, box, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
+    if (true ABLATE(2)) fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
                               p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
                               warp, lane);
     consumer_sync(kConsumerWarps * 32);
@@ -285,7 +306,7 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Psumboo
       wait(&ring.full[at.stage], at.phase);
       if (tile_row < rows ABLATE(1)) {
         const float sum =
-            sum_tile<T, kShare, kSlots>(shared, shared + layout.ring + at.stage * layout.stage_bytes, warp, box.slots,
+            sum_tile<T, kShare, kSlots>(shared, shared + layout.ring + at.stage * layout.stage_bytes, warp, chunk.slots,
                                         scale_row, lane_offsets, selector, lane);
         if (lane % 2 == 0 && out < rows) sums[out] += sum;
       }
@@ -312,10 +333,11 @@ __global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
   extern __shared__ __align__(1024) unsigned char psumbook_shared[];
   __shared__ RingBarriers ring;
   float* sums = reinterpret_cast<float*>(psumbook_shared + layout.sums);
-  const int size = cluster_size(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first = int64_t(blockIdx.x / size) * p.rows_per_range;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t first = int64_t(cluster_index()) * p.rows_per_range;
   const int64_t last = min(first + p.rows_per_range, p.total_rows);
-  const SlotRange slots = slots_of_rank(p.words, p.num_codebooks, kShare, cluster_rank(), size);
+  const int first_slot = layout.units.first(cluster_rank()) * kShare;
+  const int last_slot = layout.units.first(cluster_rank() + 1) * kShare;
   if (threadIdx.x == kConsumerWarps * 32) init_ring(ring, layout.stages, kConsumerWarps);
   __syncthreads();
   allow_next_kernel();
@@ -328,11 +350,11 @@ __global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
     if (from >= to) continue;
     const int rows = int(to - from);
     if (warp == kConsumerWarps) {
-      for (int slot = slots.first; slot < slots.last; slot += kSlots) {
-        const Box box = make_box(p, slot, slots.last, kSlots);
+      for (int slot = first_slot; slot < last_slot; slot += kSlots) {
+        const Runs<T, kSlots> runs(p, segment, Chunk<kSlots>(p, slot, last_slot));
         for (int row = 0; row < rows; row += kStageRows) {
-          fill_stage<T, kSlots>(ring, at, psumbook_shared + layout.ring + at.stage * layout.stage_bytes, p, segment,
-                                box, from - segment.first_row + row, min(kStageRows, rows - row), lane);
+          runs.fill(ring, at, psumbook_shared + layout.ring + at.stage * layout.stage_bytes,
+                    from - segment.first_row + row, min(kStageRows, rows - row), lane);
           at.advance(layout.stages);
         }
       }
@@ -344,19 +366,19 @@ __global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
     if (!started) {
       for (int i = threadIdx.x; i < p.rows_per_range; i += kConsumerWarps * 32) sums[i] = 0;
       wait_for_previous_kernel();  // codes and codebooks are weights: only x needs the wait
-      const int first_word = slots.first / p.num_codebooks * 8;
-      const int words = min((slots.last + p.num_codebooks - 1) / p.num_codebooks * 8, p.words) - first_word;
+      const int first_word = first_slot / p.codebooks * 8;
+      const int words = min((last_slot + p.num_codebooks - 1) / p.codebooks * 8, p.words) - first_word;
       copy_to_shared(reinterpret_cast<T*>(psumbook_shared + layout.x), static_cast<const T*>(p.x) + first_word * 4 * V,
                      words * 4 * V);
       started = true;
     }
-    multiply_segment<T, V, kShare, kSlots>(p, layout, slots, rows, ring, at, psumbook_shared, sums + (from - first));
+    multiply_segment<T, V, kShare, kSlots>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared, sums + (from - first));
   }
 #ifdef CODEGEMM_ABLATE
   if (layout.ablate & 4) return;
 #endif
   cluster_sync();
-  reduce_and_store<T>(p, sums, first, last);
+  reduce_and_store<T>(p, sums, layout.share_rows, first, last);
   cluster_sync();  // no block leaves while another reads its sums
 #endif
 }
