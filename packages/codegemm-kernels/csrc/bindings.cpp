@@ -15,35 +15,42 @@ using Address = std::uintptr_t;
 
 codegemm::Weight weight(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
                         int64_t num_groups, int64_t out_features, int64_t in_features, int dtype) {
-  return {reinterpret_cast<const uint32_t*>(codes), reinterpret_cast<const void*>(codebooks),
-          reinterpret_cast<const void*>(scales),    num_codebooks,
-          vector_length,                            num_groups,
-          out_features,                             in_features,
+  return {reinterpret_cast<const uint32_t*>(codes),
+          reinterpret_cast<const void*>(codebooks),
+          reinterpret_cast<const void*>(scales),
+          num_codebooks,
+          vector_length,
+          num_groups,
+          out_features,
+          in_features,
           static_cast<codegemm::DType>(dtype)};
 }
 
 codegemm::Gemm gemm_call(const codegemm::Weight& weight, Address x, int64_t x_row_stride, Address bias, Address y,
                          int64_t rows) {
-  return {weight, reinterpret_cast<const void*>(x), x_row_stride, reinterpret_cast<const void*>(bias),
-          reinterpret_cast<void*>(y), rows};
+  return {weight,
+          reinterpret_cast<const void*>(x),
+          x_row_stride,
+          reinterpret_cast<const void*>(bias),
+          reinterpret_cast<void*>(y),
+          rows};
 }
 
 void gemm_cpu(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
-              int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address x,
-              int64_t x_row_stride, Address bias, Address y, int64_t rows, int threads) {
-  codegemm::cpu::gemm(gemm_call(weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups,
-                                       out_features, in_features, dtype),
+              int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address x, int64_t x_row_stride,
+              Address bias, Address y, int64_t rows, int threads) {
+  codegemm::cpu::gemm(gemm_call(weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features,
+                                       in_features, dtype),
                                 x, x_row_stride, bias, y, rows),
                       threads);
 }
 
 void dequantize_cpu(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
-                    int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y,
-                    int threads) {
-  codegemm::cpu::dequantize({weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features,
-                                    in_features, dtype),
-                             reinterpret_cast<void*>(y)},
-                            threads);
+                    int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y, int threads) {
+  codegemm::cpu::dequantize(
+      {weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features, in_features, dtype),
+       reinterpret_cast<void*>(y)},
+      threads);
 }
 
 #ifdef CODEGEMM_WITH_CUDA
@@ -63,10 +70,10 @@ void gemm_cuda(Address codes, Address codebooks, Address scales, int num_codeboo
 void dequantize_cuda(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
                      int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y, int device,
                      Address stream) {
-  check(codegemm::cuda::dequantize({weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups,
-                                           out_features, in_features, dtype),
-                                    reinterpret_cast<void*>(y)},
-                                   device, reinterpret_cast<void*>(stream)));
+  check(codegemm::cuda::dequantize(
+      {weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features, in_features, dtype),
+       reinterpret_cast<void*>(y)},
+      device, reinterpret_cast<void*>(stream)));
 }
 #endif
 
@@ -86,8 +93,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef CODEGEMM_WITH_CUDA
   m.def("gemm_cuda", gemm_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
         arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
-        arg("dtype"), arg("x"), arg("x_row_stride"), arg("bias"), arg("y"), arg("rows"), arg("device"),
-        arg("stream"));
+        arg("dtype"), arg("x"), arg("x_row_stride"), arg("bias"), arg("y"), arg("rows"), arg("device"), arg("stream"));
   m.def("dequantize_cuda", dequantize_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
         arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
         arg("dtype"), arg("y"), arg("device"), arg("stream"));
