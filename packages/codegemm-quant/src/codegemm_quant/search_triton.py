@@ -116,7 +116,7 @@ def sweep_block(pull: Tensor, tile: Tensor, scales: Tensor, norms: Tensor, codes
     """`search._sweep_block` in one launch; codes int64 are changed in place."""
     moved = torch.empty_like(pull)
     grid, sizes = _launch(pull, codes, codebooks, scales, norms)
-    _sweep_kernel[grid](pull, tile, scales, norms, codes, codebooks.contiguous(), moved, **sizes)
+    _sweep_kernel[grid](pull, tile.contiguous(), scales, norms, codes, codebooks.contiguous(), moved, **sizes)
     return moved
 
 
@@ -134,7 +134,8 @@ def feedback_block(
     pushed = torch.empty_like(remaining)
     grid, sizes = _launch(remaining, codes, codebooks, scales, norms)
     _feedback_kernel[grid](
-        remaining, tile, inverses, metrics, scales, norms, codes, codebooks.contiguous(), pushed,
+        remaining, tile.contiguous(), inverses.contiguous(), metrics.contiguous(),
+        scales, norms, codes, codebooks.contiguous(), pushed,
         VISITS=min(len(codebooks), 2), **sizes,
     )  # fmt: skip
     return pushed
