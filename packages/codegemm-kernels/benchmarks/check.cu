@@ -78,12 +78,19 @@ bool check_products(const Case& c, DType dtype, double bound) {
     };
     codes.push_back(std::make_unique<Buffer<uint32_t>>(size_t(c.m) * c.columns / (4 * c.v) * rows + 1));
     bench::fill_words<<<64, 256>>>(codes.back()->data, codes.back()->count, generator());
-    const Weight weight = {codes.back()->data + c.offset, real(entries, 0.0f, 0.5f), real(groups * rows, 0.02f, 0.005f),
-                           c.m, c.v, groups, rows, c.columns, dtype};
+    const Weight weight = {codes.back()->data + c.offset,
+                           real(entries, 0.0f, 0.5f),
+                           real(groups * rows, 0.02f, 0.005f),
+                           c.m,
+                           c.v,
+                           groups,
+                           rows,
+                           c.columns,
+                           dtype};
     first.push_back(std::make_unique<Output<T>>(c.tokens * rows));
     second.push_back(std::make_unique<Output<T>>(c.tokens * rows));
-    calls.push_back({weight, x.data + c.offset, stride, c.bias ? real(rows, 0.0f, 1.0f) : nullptr, first[i]->data(),
-                     c.tokens});
+    calls.push_back(
+        {weight, x.data + c.offset, stride, c.bias ? real(rows, 0.0f, 1.0f) : nullptr, first[i]->data(), c.tokens});
   }
   cudaStream_t stream;
   bench::require(cudaStreamCreate(&stream), "stream");
@@ -102,9 +109,9 @@ bool check_products(const Case& c, DType dtype, double bound) {
     const bool repeats = !std::memcmp(a.data(), b.data(), a.size() * sizeof(T));
     if (error.largest <= bound && repeats && first[i]->guards_intact(a)) continue;
     good = false;
-    std::printf("FAIL gemm %d/%d dtype %d m%dv%dg%d N %lld K %d M %d offset %d: error %.2e (norm %.2e)%s%s\n", i, c.count,
-                int(dtype), c.m, c.v, c.g, (long long)calls[i].weight.out_features, c.columns, c.tokens, c.offset,
-                error.largest, error.norm, repeats ? "" : ", differs between runs",
+    std::printf("FAIL gemm %d/%d dtype %d m%dv%dg%d N %lld K %d M %d offset %d: error %.2e (norm %.2e)%s%s\n", i,
+                c.count, int(dtype), c.m, c.v, c.g, (long long)calls[i].weight.out_features, c.columns, c.tokens,
+                c.offset, error.largest, error.norm, repeats ? "" : ", differs between runs",
                 first[i]->guards_intact(a) ? "" : ", wrote outside y");
   }
   return good;
@@ -136,8 +143,8 @@ bool check_dequantize(Case c, DType dtype, double bound) {
   const bench::Errors error =
       bench::compare<T>({weight, identity.data, c.columns, nullptr, transposed.data(), c.columns});
   if (error.norm <= bound && w.guards_intact(rows_first)) return true;
-  std::printf("FAIL dequantize dtype %d m%dv%dg%d N %d K %d: error %.2e\n", int(dtype), c.m, c.v, c.g, c.rows, c.columns,
-              error.norm);
+  std::printf("FAIL dequantize dtype %d m%dv%dg%d N %d K %d: error %.2e\n", int(dtype), c.m, c.v, c.g, c.rows,
+              c.columns, error.norm);
   return false;
 }
 
@@ -151,10 +158,16 @@ int main(int argc, char** argv) {
     const Case c = random_case(small);
     bool good;
     switch (generator() % 5) {  // bounds: rounding of y and of scale*weight, in units of sum |w||x|
-      case 0: good = check_products<float>(c, DType::kFloat32, 2e-6) && check_dequantize<float>(c, DType::kFloat32, 1e-6); break;
+      case 0:
+        good = check_products<float>(c, DType::kFloat32, 2e-6) && check_dequantize<float>(c, DType::kFloat32, 1e-6);
+        break;
       case 1:
-      case 2: good = check_products<__half>(c, DType::kFloat16, 1.2e-3) && check_dequantize<__half>(c, DType::kFloat16, 6e-4); break;
-      default: good = check_products<__nv_bfloat16>(c, DType::kBFloat16, 9e-3) && check_dequantize<__nv_bfloat16>(c, DType::kBFloat16, 5e-3);
+      case 2:
+        good = check_products<__half>(c, DType::kFloat16, 1.2e-3) && check_dequantize<__half>(c, DType::kFloat16, 6e-4);
+        break;
+      default:
+        good = check_products<__nv_bfloat16>(c, DType::kBFloat16, 9e-3) &&
+               check_dequantize<__nv_bfloat16>(c, DType::kBFloat16, 5e-3);
     }
     failures += !good;
   }

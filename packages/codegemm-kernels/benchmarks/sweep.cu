@@ -33,8 +33,14 @@ Gemm make_call(const Data& d, const Problem& q, int copy) {
   const size_t copies = std::max<size_t>(1, d.codes.count / words);
   const int64_t groups = q.g < 0 ? 1 : q.columns / q.g;
   const size_t scale_copies = std::max<size_t>(1, d.scales.count / (groups * q.rows));
-  const Weight weight = {d.codes.data + copy % copies * words, d.codebooks.data,
-                         d.scales.data + copy % scale_copies * groups * q.rows, q.m, q.v, groups, q.rows, q.columns,
+  const Weight weight = {d.codes.data + copy % copies * words,
+                         d.codebooks.data,
+                         d.scales.data + copy % scale_copies * groups * q.rows,
+                         q.m,
+                         q.v,
+                         groups,
+                         q.rows,
+                         q.columns,
                          DType::kFloat16};
   return {weight, d.x.data, q.columns, nullptr, d.y.data, q.tokens};
 }
@@ -80,8 +86,9 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
         bench::require(launch_kernel(kernel, config, stream, product, layout), "psumbook");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "slots %d | cluster %d stages %d ranges %d fit %d rows %d shared %d ablate %d%s", kSlots,
-                    cluster, stages, ranges, fit, p.rows_per_range, layout.bytes, ablate, dependent ? " pdl" : "");
+      std::snprintf(plan, sizeof plan, "slots %d | cluster %d stages %d ranges %d fit %d rows %d shared %d ablate %d%s",
+                    kSlots, cluster, stages, ranges, fit, p.rows_per_range, layout.bytes, ablate,
+                    dependent ? " pdl" : "");
       report(out, q, ablate ? "ablated" : "psumbook", plan, us, stream_us);
     }
   }
@@ -91,7 +98,8 @@ template <int V, int kTokenTiles, bool kScaleSums, int kWarps>
 void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
   const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kWarps>;
   for (int cluster : {1, 2, 4, 8, 16}) {
-    const int clusters = cluster == 1 ? 132 : active_clusters(kernel, {0, kWarps * 32 + 32, 220 * 1024, cluster, false});
+    const int clusters =
+        cluster == 1 ? 132 : active_clusters(kernel, {0, kWarps * 32 + 32, 220 * 1024, cluster, false});
     for (int k_warps : {1, 2, 4, 8}) {
       for (int steps_a_warp : {1, 2}) {
         Gemm call = make_call(d, q, 0);
@@ -108,11 +116,12 @@ void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool
           bench::require(launch_kernel(kernel, config, stream, product, shape), "codebook_mma");
         });
         char plan[200];
-        std::snprintf(plan, sizeof plan,
-                      "tiles %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d%s",
-                      kTokenTiles, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
-                      shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range,
-                      dependent ? " pdl" : "");
+        std::snprintf(
+            plan, sizeof plan,
+            "tiles %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d%s",
+            kTokenTiles, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
+            shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range,
+            dependent ? " pdl" : "");
         report(out, q, "mma", plan, us, stream_us);
       }
     }
@@ -124,9 +133,9 @@ double stream_time(const Data& d, const Problem& q) {
   double best = 1e9;
   for (int blocks : {132, 264, 528, 1056})
     best = std::min(best, bench::graph_time(copies_for(q), 7, [&](int i, cudaStream_t stream) {
-      bench::read_bytes<<<blocks, 512, 0, stream>>>(reinterpret_cast<const uint4*>(make_call(d, q, i).weight.codes),
-                                                    bytes / 16, d.never.data);
-    }));
+                      bench::read_bytes<<<blocks, 512, 0, stream>>>(
+                          reinterpret_cast<const uint4*>(make_call(d, q, i).weight.codes), bytes / 16, d.never.data);
+                    }));
   return best;
 }
 
@@ -137,7 +146,8 @@ void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
     time_psumbook<V, kShare, 4>(out, d, q, stream, dependent, 0);
   }
 #ifdef CODEGEMM_ABLATE
-  if (q.columns == 4096) for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2>(out, d, q, stream, false, ablate);
+  if (q.columns == 4096)
+    for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2>(out, d, q, stream, false, ablate);
 #endif
 }
 
@@ -167,7 +177,7 @@ int main(int argc, char** argv) {
   bench::fill_floats<T><<<1024, 256>>>(d.scales.data, d.scales.count, 3, 0.02f, 0.005f);
   bench::fill_floats<T><<<1024, 256>>>(d.x.data, d.x.count, 4, 0.0f, 1.0f);
   bench::require(cudaDeviceSynchronize(), "random data");
-  const int shapes[][2] = {{28672, 4096}, {4096, 4096},  {4096, 14336}, {57344, 8192},
+  const int shapes[][2] = {{28672, 4096}, {4096, 4096}, {4096, 14336}, {57344, 8192},
                            {8192, 28672}, {6144, 4096}, {8192, 8192},  {10240, 8192}};
   for (const auto& s : shapes) {
     Problem q = {s[0], s[1], 1, 4, 128, 1};

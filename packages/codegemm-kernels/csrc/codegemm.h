@@ -11,14 +11,14 @@ enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // A quantised matrix W [N, K]; codebooks and scales have the same dtype as the activations.
 struct Weight {
-  const uint32_t* codes;    // [m, K/(4v), N]
-  const void* codebooks;    // [m, 256, v]
-  const void* scales;       // [G, N]
-  int num_codebooks;        // m, 1 .. 4
-  int vector_length;        // v, 4, 8 or 16
-  int64_t num_groups;       // G = K/g
-  int64_t out_features;     // N
-  int64_t in_features;      // K, a multiple of 4v and of G·v
+  const uint32_t* codes;  // [m, K/(4v), N]
+  const void* codebooks;  // [m, 256, v]
+  const void* scales;     // [G, N]
+  int num_codebooks;      // m, 1 .. 4
+  int vector_length;      // v, 4, 8 or 16
+  int64_t num_groups;     // G = K/g
+  int64_t out_features;   // N
+  int64_t in_features;    // K, a multiple of 4v and of G·v
   DType dtype;
 };
 

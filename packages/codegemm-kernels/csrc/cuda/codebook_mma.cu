@@ -47,9 +47,12 @@ const char* launch_tokens(const Product& product, int device, cudaStream_t strea
 template <typename T>
 const char* launch_vector_length(const Product& product, int vector_length, int device, cudaStream_t stream) {
   switch (vector_length) {
-    case 4: return launch_tokens<T, 4>(product, device, stream);
-    case 8: return launch_tokens<T, 8>(product, device, stream);
-    default: return launch_tokens<T, 16>(product, device, stream);
+    case 4:
+      return launch_tokens<T, 4>(product, device, stream);
+    case 8:
+      return launch_tokens<T, 8>(product, device, stream);
+    default:
+      return launch_tokens<T, 16>(product, device, stream);
   }
 }
 

@@ -43,7 +43,7 @@ struct MmaShape {
   int chunk_steps;  // steps of K whose x is in shared memory at a time
   int num_ranges;   // ranges of rows_per_range rows; cluster i computes range i, i + clusters, ...
   int clusters;
-  int share_rows;   // rows of a range that each block of a cluster stores
+  int share_rows;            // rows of a range that each block of a cluster stores
   int ring, x, sums, bytes;  // offsets; the whole
   Shares steps;              // of the blocks of a cluster
 };
@@ -215,8 +215,8 @@ __device__ __forceinline__ void scale_sums(float (&total)[2][kTokenTiles][4], fl
 
 // Stores the sums of a tile, or adds them, at sums[token][row], and clears them.
 template <int kTokenTiles>
-__device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[2][kTokenTiles][4], bool add,
-                                         int rows, int lane) {
+__device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[2][kTokenTiles][4], bool add, int rows,
+                                         int lane) {
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
@@ -254,14 +254,14 @@ __device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, uns
       const int group = word / p.words_per_group, groups = (word + words - 1) / p.words_per_group - group + 1;
       begin_fill(ring, at, rows * (4 * words * p.num_codebooks + 2 * groups), lane);
       for (int i = 0; i < p.num_codebooks; ++i)
-        copy_runs(ring, at, stage + i * book_bytes, pitch,
-                  reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(i) * p.words + word) * n + part.row +
-                                                         row),
-                  n * 4, words, rows * 4, lane);
-      copy_runs(ring, at, stage + p.num_codebooks * book_bytes, shape.stage_rows * 2,
-                reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + group * n + part.row +
-                                                       row),
-                n * 2, groups, rows * 2, lane);
+        copy_runs(
+            ring, at, stage + i * book_bytes, pitch,
+            reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(i) * p.words + word) * n + part.row + row),
+            n * 4, words, rows * 4, lane);
+      copy_runs(
+          ring, at, stage + p.num_codebooks * book_bytes, shape.stage_rows * 2,
+          reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + group * n + part.row + row),
+          n * 2, groups, rows * 2, lane);
       end_fill(ring, at);
       at.advance(shape.stages);
     }

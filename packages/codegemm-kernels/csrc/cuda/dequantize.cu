@@ -28,9 +28,12 @@ const char* launch(const Dequantize& call, const DeviceLimits& limits, cudaStrea
 template <typename T>
 const char* launch_vector_length(const Dequantize& call, const DeviceLimits& limits, cudaStream_t stream) {
   switch (call.weight.vector_length) {
-    case 4: return launch<T, 4>(call, limits, stream);
-    case 8: return launch<T, 8>(call, limits, stream);
-    case 16: return launch<T, 16>(call, limits, stream);
+    case 4:
+      return launch<T, 4>(call, limits, stream);
+    case 8:
+      return launch<T, 8>(call, limits, stream);
+    case 16:
+      return launch<T, 16>(call, limits, stream);
   }
   return "no CUDA kernel for this vector length";
 }
@@ -45,9 +48,12 @@ const char* dequantize(const Dequantize& call, int device, void* stream) {
   const DeviceLimits& limits = device_limits(device);
   const auto queue = static_cast<cudaStream_t>(stream);
   switch (call.weight.dtype) {
-    case DType::kFloat32: return launch_vector_length<float>(call, limits, queue);
-    case DType::kFloat16: return launch_vector_length<__half>(call, limits, queue);
-    case DType::kBFloat16: return launch_vector_length<__nv_bfloat16>(call, limits, queue);
+    case DType::kFloat32:
+      return launch_vector_length<float>(call, limits, queue);
+    case DType::kFloat16:
+      return launch_vector_length<__half>(call, limits, queue);
+    case DType::kBFloat16:
+      return launch_vector_length<__nv_bfloat16>(call, limits, queue);
   }
   return "no CUDA kernel for this dtype";
 }

@@ -14,11 +14,17 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 a) { return __bfloat162f
 template <typename T>
 __device__ __forceinline__ T from_float(float a);
 template <>
-__device__ __forceinline__ float from_float<float>(float a) { return a; }
+__device__ __forceinline__ float from_float<float>(float a) {
+  return a;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float a) { return __float2half_rn(a); }
+__device__ __forceinline__ __half from_float<__half>(float a) {
+  return __float2half_rn(a);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float a) { return __float2bfloat16_rn(a); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float a) {
+  return __float2bfloat16_rn(a);
+}
 
 // The two elements of a 32-bit word, the one at the lower address first.
 template <typename T>

@@ -19,9 +19,15 @@ void launch(const Gemm& call, cudaStream_t stream) {
 template <typename T>
 bool launch_vector_length(const Gemm& call, cudaStream_t stream) {
   switch (call.weight.vector_length) {
-    case 4: launch<T, 4>(call, stream); return true;
-    case 8: launch<T, 8>(call, stream); return true;
-    case 16: launch<T, 16>(call, stream); return true;
+    case 4:
+      launch<T, 4>(call, stream);
+      return true;
+    case 8:
+      launch<T, 8>(call, stream);
+      return true;
+    case 16:
+      launch<T, 16>(call, stream);
+      return true;
   }
   return false;
 }
@@ -31,9 +37,15 @@ bool launch_vector_length(const Gemm& call, cudaStream_t stream) {
 const char* general_gemm(const Gemm& call, cudaStream_t stream) {
   bool known = false;
   switch (call.weight.dtype) {
-    case DType::kFloat32: known = launch_vector_length<float>(call, stream); break;
-    case DType::kFloat16: known = launch_vector_length<__half>(call, stream); break;
-    case DType::kBFloat16: known = launch_vector_length<__nv_bfloat16>(call, stream); break;
+    case DType::kFloat32:
+      known = launch_vector_length<float>(call, stream);
+      break;
+    case DType::kFloat16:
+      known = launch_vector_length<__half>(call, stream);
+      break;
+    case DType::kBFloat16:
+      known = launch_vector_length<__nv_bfloat16>(call, stream);
+      break;
   }
   return known ? launch_status() : "no CUDA kernel for this vector length or dtype";
 }

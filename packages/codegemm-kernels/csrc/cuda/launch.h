@@ -76,8 +76,7 @@ int resident_clusters(void (*kernel)(Parameters...), int threads, int device, in
   thread_local Known known[64];
   thread_local int count = 0;
   for (int i = 0; i < count; ++i)
-    if (known[i].kernel == kernel && known[i].device == device && known[i].cluster == cluster)
-      return known[i].clusters;
+    if (known[i].kernel == kernel && known[i].device == device && known[i].cluster == cluster) return known[i].clusters;
   const DeviceLimits& limits = device_limits(device);
   int clusters = limits.multiprocessors;
   if (cluster > 1)

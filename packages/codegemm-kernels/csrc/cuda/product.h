@@ -28,11 +28,11 @@ struct Product {
   Segment segment[kMaxSegments];
   int segments;
   int num_codebooks;
-  int words;            // K/(4v), 32-bit words of codes a row and codebook
+  int words;                // K/(4v), 32-bit words of codes a row and codebook
   Divisor words_per_group;  // g/(4v)
   Divisor codebooks;        // num_codebooks again
-  int tokens;           // M
-  int rows_per_range;   // rows of the launch that one cluster computes, a multiple of the kernel's row tile
+  int tokens;               // M
+  int rows_per_range;       // rows of the launch that one cluster computes, a multiple of the kernel's row tile
   int64_t total_rows;
   const void* x;
   int64_t x_row_stride;
@@ -55,7 +55,7 @@ struct Shares {
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int first(int rank) const {
+      int first(int rank) const {
     return rank * each + (rank < extra ? rank : extra);
   }
 };
@@ -74,8 +74,8 @@ inline Product make_product(const Gemm* calls, int count) {
   product.x_row_stride = calls[0].x_row_stride;
   for (int i = 0; i < count; ++i) {
     const Weight& w = calls[i].weight;
-    product.segment[i] = {w.codes, w.codebooks, w.scales, calls[i].bias, calls[i].y, w.out_features,
-                          product.total_rows};
+    product.segment[i] = {w.codes,    w.codebooks,    w.scales,          calls[i].bias,
+                          calls[i].y, w.out_features, product.total_rows};
     product.total_rows += w.out_features;
   }
   return product;

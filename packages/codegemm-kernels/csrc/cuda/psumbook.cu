@@ -39,9 +39,12 @@ template <typename T>
 const char* launch_scheme(const Product& product, int vector_length, int device, cudaStream_t stream) {
   const bool even = product.num_codebooks % 2 == 0;  // pairs of codebooks share a scale
   switch (vector_length) {
-    case 4: return even ? launch<T, 4, 2>(product, device, stream) : launch<T, 4, 1>(product, device, stream);
-    case 8: return even ? launch<T, 8, 2>(product, device, stream) : launch<T, 8, 1>(product, device, stream);
-    default: return even ? launch<T, 16, 2>(product, device, stream) : launch<T, 16, 1>(product, device, stream);
+    case 4:
+      return even ? launch<T, 4, 2>(product, device, stream) : launch<T, 4, 1>(product, device, stream);
+    case 8:
+      return even ? launch<T, 8, 2>(product, device, stream) : launch<T, 8, 1>(product, device, stream);
+    default:
+      return even ? launch<T, 16, 2>(product, device, stream) : launch<T, 16, 1>(product, device, stream);
   }
 }
 

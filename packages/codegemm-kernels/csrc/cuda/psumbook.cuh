@@ -24,7 +24,7 @@
 // Cost of 32 lookups: 1 PRMT, 1 LDS, 1 FADD or FFMA, and a sixteenth of: an LDS.128 of codes, one of scales, 4 FCVT.
 #pragma once
 #ifdef CODEGEMM_ABLATE
-#define ABLATE(n) && !(layout.ablate & n)
+#define ABLATE(n) &&!(layout.ablate & n)
 #else
 #define ABLATE(n)
 #endif
@@ -113,8 +113,8 @@ __device__ __forceinline__ float reduce_rows(const float (&sum)[4], int lane) {
 // A chunk of up to kSlots slots: which they are, and the scale groups their words lie in.
 template <int kSlots>
 struct Chunk {
-  int slots;                // how many there are
-  int block[kSlots];        // the 32 positions of each slot
+  int slots;          // how many there are
+  int block[kSlots];  // the 32 positions of each slot
   int codebook[kSlots];
   int first_group, groups;
 
@@ -154,8 +154,8 @@ struct Runs {
       const int word = chunk.block[s] * 8;
       words[s] = s < chunk.slots ? min(8, p.words - word) : 0;
       row_bytes += 4 * words[s];
-      codes[s] = reinterpret_cast<const unsigned char*>(segment.codes +
-                                                        (int64_t(chunk.codebook[s]) * p.words + word) * rows);
+      codes[s] =
+          reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(chunk.codebook[s]) * p.words + word) * rows);
     }
     scales = reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + chunk.first_group * rows);
   }
@@ -277,8 +277,8 @@ inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, 
 // Consumer warps: rows [from, to) of a segment times this block's slots, added to sums[0 .. to - from).
 template <typename T, int V, int kShare, int kSlots>
 __device__ __forceinline__ void multiply_segment(const Product& p, const PsumbookLayout& layout, int first_slot,
-                                                 int last_slot, int rows, RingBarriers& ring, RingPlace& at, unsigned char* shared,
-                                                 float* sums) {
+                                                 int last_slot, int rows, RingBarriers& ring, RingPlace& at,
+                                                 unsigned char* shared, float* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t lane_offsets = 0x0c080400u + (lane % 8) * 0x10101010u;
   uint32_t selector[4];
@@ -297,17 +297,17 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Psumboo
       scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * kStageRows * 2;
     }
     consumer_sync(kConsumerWarps * 32);  // x and codebooks are there; every warp has finished with the last table
-    if (true ABLATE(2)) fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
-                              p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
-                              warp, lane);
+    if (true ABLATE(2))
+      fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
+                                p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
+                                warp, lane);
     consumer_sync(kConsumerWarps * 32);
     for (int row = 0; row < rows; row += kStageRows) {
       const int tile_row = row + warp * kPsumbookTileRows, out = tile_row + lane / 8 * 4 + lane / 2 % 4;
       wait(&ring.full[at.stage], at.phase);
       if (tile_row < rows ABLATE(1)) {
-        const float sum =
-            sum_tile<T, kShare, kSlots>(shared, shared + layout.ring + at.stage * layout.stage_bytes, warp, chunk.slots,
-                                        scale_row, lane_offsets, selector, lane);
+        const float sum = sum_tile<T, kShare, kSlots>(shared, shared + layout.ring + at.stage * layout.stage_bytes,
+                                                      warp, chunk.slots, scale_row, lane_offsets, selector, lane);
         if (lane % 2 == 0 && out < rows) sums[out] += sum;
       }
       __syncwarp();
@@ -372,7 +372,8 @@ __global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
                      words * 4 * V);
       started = true;
     }
-    multiply_segment<T, V, kShare, kSlots>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared, sums + (from - first));
+    multiply_segment<T, V, kShare, kSlots>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared,
+                                           sums + (from - first));
   }
 #ifdef CODEGEMM_ABLATE
   if (layout.ablate & 4) return;

@@ -52,17 +52,15 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
 #if CODEGEMM_HAS_CLUSTERS
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
 #else
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
 #endif
   }
 }
@@ -101,10 +99,10 @@ __device__ __forceinline__ void copy_runs(RingBarriers& ring, const RingPlace& a
   const uint32_t barrier = shared_address(&ring.full[at.stage]);
   uint32_t address = shared_address(target);
   for (int i = 0; i < runs; ++i) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     address),
-                 "l"(source), "r"(bytes), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
     address += target_step;
     source += source_step;
   }
