@@ -3,17 +3,14 @@ import torch
 
 from codegemm_kernels import CodebookScheme, NumericalError
 from codegemm_kernels.scheme import CODEBOOK_ENTRIES
-from codegemm_quant.fit import corrected_target, fit_matrix, relative_error, solve_codebooks, solve_scales
+from codegemm_quant.fit import FitPlan, corrected_target, fit_matrix, relative_error, solve_codebooks, solve_scales
 from codegemm_quant.kmeans import assign, initialise
 from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
 
 
-def fit(weight, hessian, scheme="m1v4g32", **changes):
-    options = {"rounds": 3, "damping": 0.01, "dtype": torch.float16, "name": "layer.7"} | changes
-    generator = torch.Generator().manual_seed(0)
-    return fit_matrix(
-        weight, hessian, options.pop("cross", hessian), CodebookScheme.parse(scheme), generator=generator, **options
-    )
+def fit(weight, hessian, scheme="m1v4g32", rounds=3, damping=0.01, dtype=torch.float16):
+    plan = FitPlan(CodebookScheme.parse(scheme), rounds, damping, dtype)
+    return fit_matrix(weight, hessian, hessian, plan, torch.Generator().manual_seed(0), "layer.7")
 
 
 def large_problem():

@@ -19,6 +19,19 @@ SCALE_STEPS = 6
 
 
 @dataclass(frozen=True)
+class FitPlan:
+    """What every matrix of a run is fitted with."""
+
+    scheme: CodebookScheme
+    rounds: int
+    """Alternations of least squares and sweeps."""
+    damping: float
+    """Share of the mean diagonal of H added to its diagonal."""
+    dtype: torch.dtype
+    """What codebooks and scales will be stored in."""
+
+
+@dataclass(frozen=True)
 class FitResult:
     """A fitted matrix and how far its outputs are from the dense ones, relative to their size."""
 
@@ -51,49 +64,45 @@ def fit_matrix(
     weight: Tensor,
     hessian: Tensor,
     cross: Tensor,
-    scheme: CodebookScheme,
-    *,
-    rounds: int,
-    damping: float,
-    dtype: torch.dtype,
+    plan: FitPlan,
     generator: torch.Generator,
     name: str = "matrix",
 ) -> FitResult:
     """Find codes, codebooks and scales whose outputs on the quantised model's inputs are the dense model's outputs.
 
     weight [N, K]; H = E[x xᵀ] and C = E[d xᵀ], both [K, K], of the inputs x of the quantised and d of the dense model.
-    k-means weighted by diag(H); one pass of codes with error feedback; then `rounds` of least squares for codebooks
+    k-means weighted by diag(H); one pass of codes with error feedback; then rounds of least squares for codebooks
     and scales (conjugate gradients) and a sweep over the codes. The result is the best state seen, judged on values
-    rounded to `dtype`. Raises NumericalError when the objective stops being finite.
+    rounded to the stored dtype. Raises NumericalError when the objective stops being finite.
     """
     weight = weight.float()
     if not torch.isfinite(weight).all():
         raise NumericalError(f"{name}: the weight holds values that are not finite")
-    extra = damping * hessian.diagonal().mean() + 1e-12
+    extra = plan.damping * hessian.diagonal().mean() + 1e-12
     if not (torch.isfinite(extra) and torch.isfinite(cross).all()):
         raise NumericalError(f"{name}: its calibration inputs are not finite; check the model's dtype and the text")
     ridge = extra * torch.eye(len(hessian), device=hessian.device)
     hessian = hessian + ridge
     factor = inverse_factor(hessian, name)
     weight = corrected_target(weight, hessian, cross + ridge)
-    state = initialise(weight, hessian.diagonal(), scheme, generator)
+    state = initialise(weight, hessian.diagonal(), plan.scheme, generator)
     best = state.clone()
-    start = lowest = relative_error(weight, hessian, state.rounded(dtype).dequantize())
+    start = lowest = relative_error(weight, hessian, state.rounded(plan.dtype).dequantize())
     pushed = state.clone()
     feedback_codes(weight, factor, pushed)
     if relative_error(weight, hessian, pushed.dequantize()) < start:  # pushed errors can leave the codebooks' range
         state = pushed
-    for turn in range(rounds + 1):
+    for turn in range(plan.rounds + 1):
         solve_codebooks(weight, hessian, state)
         solve_scales(weight, hessian, state)
-        now = relative_error(weight, hessian, state.rounded(dtype).dequantize())
+        now = relative_error(weight, hessian, state.rounded(plan.dtype).dequantize())
         if not now < float("inf"):
             raise NumericalError(f"{name}: the error of the fit is not finite in round {turn}")
         if now < lowest:
             lowest, best = now, state.clone()
-        if turn < rounds and not sweep(weight, hessian, state):
+        if turn < plan.rounds and not sweep(weight, hessian, state):
             break
-    return FitResult(best.rounded(dtype), lowest, start)
+    return FitResult(best.rounded(plan.dtype), lowest, start)
 
 
 def inverse_factor(hessian: Tensor, name: str) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from codegemm_quant.tuning import TuneResult, tune
+from codegemm_quant.tuning import TunePlan, TuneResult, tune
 
 MAX_LOGITS = 1 << 27
 """Logits computed at once; longer batches are taken window by window (512 MB in fp32)."""
@@ -21,16 +20,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (expected.exp() * (expected - actual)).sum(-1).mean()
 
 
-def tune_model(
-    student: Any,
-    teacher: Any,
-    batches: list[Tensor],
-    *,
-    epochs: int,
-    learning_rate: float,
-    generator: torch.Generator,
-    on_step: Callable[[float], None] = lambda _: None,
-) -> TuneResult:
+def tune_model(student: Any, teacher: Any, batches: list[Tensor], plan: TunePlan) -> TuneResult:
     """Lower the divergence of the student's predictions from the teacher's on token ids [batch, tokens]."""
     window = batches[0].shape[1] * int(student.config.get_text_config().vocab_size)
     share = max(1, MAX_LOGITS // window)
@@ -52,14 +42,4 @@ def tune_model(
             total += part.detach()
         return total
 
-    return tune(
-        student,
-        len(batches),
-        gradients,
-        loss,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        generator=generator,
-        name="the whole model",
-        on_step=on_step,
-    )
+    return tune(student, len(batches), gradients, loss, plan)

@@ -29,12 +29,12 @@ from codegemm_quant.blocks import (
 from codegemm_quant.calibration import calibration_windows
 from codegemm_quant.config import QuantizeConfig
 from codegemm_quant.export import export_checkpoint
-from codegemm_quant.fit import fit_matrix
+from codegemm_quant.fit import FitPlan, fit_matrix
 from codegemm_quant.fitted_linear import FittedLinear
 from codegemm_quant.loading import choose_device, compute_dtype, load_dense
 from codegemm_quant.model_tune import tune_model
 from codegemm_quant.progress_store import ProgressStore
-from codegemm_quant.tuning import tune_block
+from codegemm_quant.tuning import TunePlan, tune_block
 
 MAX_BATCH = 8
 
@@ -44,10 +44,9 @@ class _Setting:
     """What stays the same from block to block."""
 
     config: QuantizeConfig
-    scheme: CodebookScheme
+    fit: FitPlan
     device: torch.device
     compute: torch.dtype
-    stored: torch.dtype
     store: ProgressStore
     progress: tqdm[None]
 
@@ -86,7 +85,8 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     compute = compute_dtype(model.dtype, device)
     store = ProgressStore.open(out.with_name(f"{out.name}.work"), config.settings(), resume=config.resume)
     with tqdm(total=0, desc="quantise", unit="step", dynamic_ncols=True) as progress, torch.no_grad(), _tensor_cores():
-        setting = _Setting(config, scheme, device, compute, stored, store, progress)
+        fit = FitPlan(scheme, config.rounds, config.damping, stored)
+        setting = _Setting(config, fit, device, compute, store, progress)
         tensors, quantised = _quantize_blocks(setting, model, prefix, blocks, windows)
         if config.model_epochs:
             tensors = _tune_whole(setting, model, prefix, tensors, quantised, windows)
@@ -191,15 +191,7 @@ def _quantize_block(
             progress.set_postfix(block=index, fitting=linear)
             with torch.autocast(setting.device.type, enabled=False):  # the fit is fp32 throughout
                 fit = fit_matrix(
-                    modules[linear].weight.detach(),
-                    hessian,
-                    cross,
-                    setting.scheme,
-                    rounds=config.rounds,
-                    damping=config.damping,
-                    dtype=setting.stored,
-                    generator=generator,
-                    name=f"{name}.{linear}",
+                    modules[linear].weight.detach(), hessian, cross, setting.fit, generator, f"{name}.{linear}"
                 )
             errors[linear] = fit.relative_error
             work.set_submodule(linear, FittedLinear(fit.weight, modules[linear].bias, setting.compute))
@@ -216,14 +208,10 @@ def _quantize_block(
             streams.call,
             streams.inputs,
             streams.targets,
-            epochs=config.tune_epochs,
-            learning_rate=config.tune_learning_rate,
-            generator=generator,
-            name=name,
-            on_step=show,
+            TunePlan(config.tune_epochs, config.tune_learning_rate, generator, name, show),
         )
     report = {"layers": errors, "error": tuned.after, "error_before_tuning": tuned.before}
-    return _stored_tensors(work, setting.stored), report
+    return _stored_tensors(work, setting.fit.dtype), report
 
 
 def _stored_tensors(work: nn.Module, stored: torch.dtype) -> dict[str, Tensor]:
@@ -276,15 +264,9 @@ def _tune_whole(
         progress.set_postfix(tuning="model", divergence=f"{loss:.4f}")
 
     with torch.enable_grad(), _autocast(device, setting.compute):
-        tuned = tune_model(
-            student,
-            teacher,
-            batches,
-            epochs=config.model_epochs,
-            learning_rate=config.model_learning_rate,
-            generator=torch.Generator().manual_seed(config.seed),
-            on_step=show,
-        )
+        generator = torch.Generator().manual_seed(config.seed)
+        plan = TunePlan(config.model_epochs, config.model_learning_rate, generator, "the whole model", show)
+        tuned = tune_model(student, teacher, batches, plan)
     progress.write(f"divergence from the dense model {tuned.before:.4f} -> {tuned.after:.4f}", file=sys.stderr)
-    stored = _stored_tensors(student, setting.stored)
+    stored = _stored_tensors(student, setting.fit.dtype)
     return {name: stored[name] for name in tensors}

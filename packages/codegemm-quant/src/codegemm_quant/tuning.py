@@ -18,6 +18,21 @@ VALIDATION_SHARE = 16
 
 
 @dataclass(frozen=True)
+class TunePlan:
+    """How long and how hard to tune, and what to say about it."""
+
+    epochs: int
+    learning_rate: float
+    """Largest step, relative to the root mean square of each parameter; a cosine takes it to zero."""
+    generator: torch.Generator
+    """Orders the batches."""
+    name: str
+    """What is tuned, for error messages."""
+    on_step: Callable[[float], None] = lambda _: None
+    """Called after every step with the loss of its batch."""
+
+
+@dataclass(frozen=True)
 class TuneResult:
     """The loss on held-out batches, before and after."""
 
@@ -26,23 +41,14 @@ class TuneResult:
 
 
 def tune(
-    module: nn.Module,
-    batches: int,
-    gradients: Callable[[int], Tensor],
-    loss: Callable[[int], Tensor],
-    *,
-    epochs: int,
-    learning_rate: float,
-    generator: torch.Generator,
-    name: str,
-    on_step: Callable[[float], None],
+    module: nn.Module, batches: int, gradients: Callable[[int], Tensor], loss: Callable[[int], Tensor], plan: TunePlan
 ) -> TuneResult:
     """Adam on the trainable parameters of `module`, one step a batch, under a cosine schedule; keeps the best state.
 
     `gradients(i)` runs forward and backward on batch i and returns its loss, `loss(i)` only the forward. Every
     sixteenth batch is held out and decides which epoch's state is kept; the state before tuning counts, so the module
     never gets worse on it. Steps are relative to the root mean square of each parameter. Raises NumericalError,
-    naming `name`, when the loss is not finite.
+    naming the plan, when the loss is not finite.
     """
     held_out = list(range(0, batches, VALIDATION_SHARE))
     train = [i for i in range(batches) if i not in set(held_out)] or held_out
@@ -56,12 +62,12 @@ def tune(
     start = lowest = validate()
     best = [p.detach().clone() for p in parameters]
     sizes = [max(float(p.detach().square().mean().sqrt()), 1e-4) for p in parameters]
-    groups = [{"params": [p], "lr": learning_rate * size} for p, size in zip(parameters, sizes, strict=True)]
+    groups = [{"params": [p], "lr": plan.learning_rate * size} for p, size in zip(parameters, sizes, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = max(1, epochs * len(train))
+    steps = max(1, plan.epochs * len(train))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for _ in range(epochs):
-        for pick in torch.randperm(len(train), generator=generator).tolist():
+    for _ in range(plan.epochs):
+        for pick in torch.randperm(len(train), generator=plan.generator).tolist():
             for linear in fitted:
                 linear.refresh(training=True)
             value = gradients(train[pick])
@@ -70,12 +76,12 @@ def tune(
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-            on_step(float(value))
+            plan.on_step(float(value))
         for linear in fitted:
             linear.refresh(training=False)
         now = validate()
         if not math.isfinite(now):
-            raise NumericalError(f"{name}: the tuning loss is not finite; lower the tuning's learning rate")
+            raise NumericalError(f"{plan.name}: the tuning loss is not finite; lower the tuning's learning rate")
         if now < lowest:
             lowest, best = now, [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -87,16 +93,7 @@ def tune(
 
 
 def tune_block(
-    block: nn.Module,
-    call: BlockCall,
-    inputs: list[Tensor],
-    targets: list[Tensor],
-    *,
-    epochs: int,
-    learning_rate: float,
-    generator: torch.Generator,
-    name: str,
-    on_step: Callable[[float], None] = lambda _: None,
+    block: nn.Module, call: BlockCall, inputs: list[Tensor], targets: list[Tensor], plan: TunePlan
 ) -> TuneResult:
     """Bring the block's outputs on `inputs` to `targets`, lists of [batch, tokens, hidden].
 
@@ -113,14 +110,4 @@ def tune_block(
         value.backward()
         return value.detach()
 
-    return tune(
-        block,
-        len(inputs),
-        gradients,
-        loss,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        generator=generator,
-        name=name,
-        on_step=on_step,
-    )
+    return tune(block, len(inputs), gradients, loss, plan)
