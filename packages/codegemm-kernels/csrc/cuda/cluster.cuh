@@ -49,6 +49,25 @@ __device__ __forceinline__ int cluster_index() {
 #endif
 }
 
+// Index of the warp in its block, known to the compiler to be the same in all lanes: branches on it then leave uniform
+// registers usable (a lookup is LDS [R+UR+imm]; without this each needs an addition of its own).
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, int(threadIdx.x / 32), 0); }
+
+// A block may touch another's shared memory only after every thread of that one has announced itself. Relaxed: no memory
+// is published, which would cost a fence over the whole GPU.
+__device__ __forceinline__ void announce_to_cluster() {
+  __syncwarp();
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  __syncwarp();
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // Barrier over the threads of a cluster that also makes their shared-memory writes visible to each other.
 __device__ __forceinline__ void cluster_sync() {
   __syncwarp();
@@ -56,6 +75,19 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
+#endif
+}
+
+// Sends a float to the same place of block `rank`, and its 4 bytes to the count of the barrier at the same place there:
+// the receiver waits for the bytes, and no barrier over the cluster is needed.
+__device__ __forceinline__ void send_to_rank(uint32_t address, uint32_t barrier, int rank, float value) {
+#if CODEGEMM_HAS_CLUSTERS
+  uint32_t remote, remote_barrier;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(barrier), "r"(rank));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
+               "r"(__float_as_uint(value)), "r"(remote_barrier)
+               : "memory");
 #endif
 }
 
@@ -100,6 +132,21 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
   return result;
+}
+
+// base + 128 * (byte of `codes` that `selector` names): the address of a table row of 128 bytes in one instruction.
+__device__ __forceinline__ uint32_t row_address(uint32_t codes, uint32_t selector, uint32_t base) {
+  return __dp4a(codes, selector, base);
+}
+__device__ __forceinline__ constexpr uint32_t row_selector(uint32_t byte) { return 128u << (8 * byte); }
+
+// Hides where a value comes from, so that the compiler keeps it instead of computing it again in a loop.
+__device__ __forceinline__ void keep(uint32_t& value) { asm("" : "+r"(value)); }
+
+// What lies at a shared-memory address.
+template <typename T>
+__device__ __forceinline__ T load_shared(uint32_t address) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(address));
 }
 
 // d += a b for a 16 x 8 and 8 x 8 (k = 8), or 16 x 16 and 16 x 8 (k = 16) tile; fp16 or bf16 in, fp32 sums.

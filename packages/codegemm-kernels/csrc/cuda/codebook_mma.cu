@@ -10,10 +10,10 @@
 namespace codegemm::cuda {
 namespace {
 
-template <typename T, int V, int kTokenTiles, bool kScaleSums>
+template <typename T, int V, int kTokens, bool kScaleSums>
 const char* launch(Product product, int device, cudaStream_t stream) {
-  constexpr int kWarps = kTokenTiles < 4 ? 16 : 8, kThreads = kWarps * 32 + 32;
-  const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kWarps>;
+  constexpr int kWarps = kTokens < 32 ? 16 : 8, kThreads = (kWarps + kProducerWarps) * 32;
+  const auto kernel = codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>;
   const DeviceLimits& limits = device_limits(device);
   const bool has_clusters = limits.capability >= 90;
   MmaShape shape;
@@ -22,7 +22,7 @@ const char* launch(Product product, int device, cudaStream_t stream) {
     const int clusters = resident_clusters(kernel, kThreads, device, cluster);
     if (clusters < 1 || (product.words + 3) / 4 < cluster) continue;
     if (cluster > 1 && product.total_rows >= int64_t(128) * clusters * 2) continue;
-    if (!make_mma_shape(shape, product, V, kTokenTiles, kWarps, cluster, clusters, kWarps / 4, 1,
+    if (!make_mma_shape(shape, product, V, kTokens, kWarps, cluster, clusters, kWarps / 4, 1,
                         limits.shared_bytes - kReservedShared))
       continue;
     const LaunchConfig config = {shape.clusters * cluster, kThreads, shape.bytes, cluster, has_clusters};
@@ -35,13 +35,13 @@ template <typename T, int V>
 const char* launch_tokens(const Product& product, int device, cudaStream_t stream) {
   const bool step_has_one_scale = product.words_per_group.value % 4 == 0;
   if (product.tokens <= 8)
-    return step_has_one_scale ? launch<T, V, 1, true>(product, device, stream)
-                              : launch<T, V, 1, false>(product, device, stream);
+    return step_has_one_scale ? launch<T, V, 8, true>(product, device, stream)
+                              : launch<T, V, 8, false>(product, device, stream);
   if (product.tokens <= 16)
-    return step_has_one_scale ? launch<T, V, 2, true>(product, device, stream)
-                              : launch<T, V, 2, false>(product, device, stream);
-  if (product.tokens <= 32) return launch<T, V, 4, false>(product, device, stream);
-  return launch<T, V, 8, false>(product, device, stream);
+    return step_has_one_scale ? launch<T, V, 16, true>(product, device, stream)
+                              : launch<T, V, 16, false>(product, device, stream);
+  if (product.tokens <= 32) return launch<T, V, 32, false>(product, device, stream);
+  return launch<T, V, 64, false>(product, device, stream);
 }
 
 template <typename T>

@@ -9,12 +9,12 @@
 namespace codegemm::cuda {
 namespace {
 
-constexpr int kSlots = 2, kThreads = kConsumerWarps * 32 + 32;
+constexpr int kSlots = 2, kQuads = 1, kThreads = kPsumbookThreads;
 constexpr int64_t kMostRows = 8192;  // of a range: 32 KB of sums
 
 template <typename T, int V, int kShare>
 const char* launch(Product product, int device, cudaStream_t stream) {
-  const auto kernel = psumbook_kernel<T, V, kShare, kSlots>;
+  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kQuads>;
   const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
   int cluster = 8, clusters = 0;
   for (; cluster > 0; cluster /= 2) {
@@ -22,13 +22,13 @@ const char* launch(Product product, int device, cudaStream_t stream) {
     if (clusters > 0) break;
   }
   if (clusters < 1) return kDoesNotFit;
-  const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), kPsumbookTileRows) * kPsumbookTileRows;
+  const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), 16) * 16;
   product.rows_per_range = int(std::min(even, kMostRows));
   const int limit = device_limits(device).shared_bytes - kReservedShared;
   PsumbookLayout layout;
   int stages = kMaxStages;
   do {
-    layout = make_psumbook_layout(product, V, kShare, kSlots, cluster, stages);
+    layout = make_psumbook_layout(product, V, kShare, kSlots, kQuads, cluster, stages);
   } while (layout.bytes > limit && --stages > 1);
   if (stages < 2) return kDoesNotFit;
   const int ranges = int(ceil_div(product.total_rows, product.rows_per_range));

@@ -1,4 +1,4 @@
-// A ring of shared-memory stages that one producer warp fills and the other warps of the block empty. Code words come
+// A ring of shared-memory stages that four producer warps fill and the other warps of the block empty. Code words come
 // in runs of neighbouring rows, so a stage is a box of (words x rows) copied run by run: by the bulk copy engine from
 // sm_90 on, by 16-byte cp.async before. Reading boxes with plain loads instead, 16 bytes a lane, costs 2 to 4 times the
 // requests (a quarter warp touches 8 words) and keeps too few bytes in flight: 1.4 to 1.8 TB/s on an H200.
@@ -8,6 +8,7 @@
 namespace codegemm::cuda {
 
 constexpr int kMaxStages = 8;
+constexpr int kProducerWarps = 4;  // a copy takes a warp 65 cycles to issue, a stage has 18 to 40 of them
 
 // The barriers of a ring, in shared memory. full: one phase a filled stage. empty: one phase a stage all warps left.
 struct RingBarriers {
@@ -34,7 +35,7 @@ __device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
 // One thread sets the ring up; a block barrier must follow.
 __device__ __forceinline__ void init_ring(RingBarriers& ring, int stages, int consumer_warps) {
   for (int s = 0; s < stages; ++s) {
-    init_barrier(&ring.full[s], CODEGEMM_HAS_CLUSTERS ? 1 : 32);
+    init_barrier(&ring.full[s], CODEGEMM_HAS_CLUSTERS ? 1 : 32 * kProducerWarps);
     init_barrier(&ring.empty[s], consumer_warps);
   }
 #if CODEGEMM_HAS_CLUSTERS
@@ -76,38 +77,49 @@ __device__ __forceinline__ bool elect_lane() {
 #endif
 }
 
-// Producer warp: waits until the stage is empty and announces `bytes`; then any number of copy_runs; then end_fill.
-__device__ __forceinline__ void begin_fill(RingBarriers& ring, const RingPlace& at, int bytes, int lane) {
-  wait(&ring.empty[at.stage], at.phase ^ 1);
+// One thread announces `bytes` that will arrive at the barrier, and arrives.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
 #if CODEGEMM_HAS_CLUSTERS
-  if (lane == 0)
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
-                     shared_address(&ring.full[at.stage])),
-                 "r"(bytes)
-                 : "memory");
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
 #endif
 }
 
-// Copies `runs` runs of `bytes` bytes (a multiple of 16): run i from source + i*source_step to target + i*target_step.
+// Producer warps: wait until the stage is empty, and the first announces `bytes`; then any number of copy_runs; then
+// end_fill. The other warps' bytes may arrive before they are announced: the phase cannot end before the announcement.
+__device__ __forceinline__ void begin_fill(RingBarriers& ring, const RingPlace& at, int bytes, int producer,
+                                           int lane) {
+  wait(&ring.empty[at.stage], at.phase ^ 1);
+#if CODEGEMM_HAS_CLUSTERS
+  if (producer == 0 && lane == 0) expect_bytes(&ring.full[at.stage], bytes);
+  __syncwarp();
+#endif
+}
+
+// Copies `runs` runs of `bytes` bytes (a multiple of 16): run i from source + i*source_step to target + i*target_step;
+// each producer warp every kProducerWarps-th of them.
 // One lane issues the bulk copies, chosen by elect.sync: under `lane == 0` or with a run a lane the compiler wraps each
 // copy in a loop over lanes, 140 cycles a copy, which alone held the kernels at 1.4 to 1.6 TB/s.
 __device__ __forceinline__ void copy_runs(RingBarriers& ring, const RingPlace& at, unsigned char* target,
                                           int target_step, const unsigned char* source, int64_t source_step, int runs,
-                                          int bytes, int lane) {
+                                          int bytes, int producer, int lane) {
 #if CODEGEMM_HAS_CLUSTERS
   if (!elect_lane()) return;
   const uint32_t barrier = shared_address(&ring.full[at.stage]);
-  uint32_t address = shared_address(target);
-  for (int i = 0; i < runs; ++i) {
+  uint32_t address = shared_address(target) + producer * target_step;
+  source += producer * source_step;
+  for (int i = producer; i < runs; i += kProducerWarps) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
         "l"(source), "r"(bytes), "r"(barrier)
         : "memory");
-    address += target_step;
-    source += source_step;
+    address += kProducerWarps * target_step;
+    source += kProducerWarps * source_step;
   }
 #else
-  for (int i = 0; i < runs; ++i)
+  for (int i = producer; i < runs; i += kProducerWarps)
     for (int b = lane * 16; b < bytes; b += 512)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target + i * target_step + b)),
                    "l"(source + i * source_step + b)
