@@ -1,8 +1,8 @@
 """The inner loops of `search` on a GPU: one launch decides all codes of a block of columns.
 
-A program owns 8 rows and walks over the positions of the block; rows never meet. For m = 1, v = 4 a decision is
+A program owns a few rows and walks over the positions of the block; rows never meet. For m = 1, v = 4 a decision is
 256 x 5 multiply-adds a row, far less than what one launch costs, so the time is the latency of the walk: 32 positions
-a block for v = 4.
+a block for v = 4. A block's columns stay in registers as [rows, positions, v].
 """
 
 from __future__ import annotations
@@ -14,102 +14,97 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 8
+ROWS = 4
+"""Rows of a program: 8 take 240 registers a thread for m2v8 on sm_90 and spill for v = 16, 4 take 170."""
 COLUMNS = 128
 """Columns a program keeps in registers; at least `search.BLOCK_COLUMNS`."""
 
 
-@triton.jit
-def _pick(wanted, column, cols):  # type: ignore[no-untyped-def]
-    """Column `column` of a register tile [R, COLUMNS]."""
-    return tl.sum(tl.where(cols[None, :] == column, wanted, 0.0), axis=1)
+@triton.jit  # type: ignore[untyped-decorator]
+def _best_entry(wanted, scale, book_ptr, norms_ptr, V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The entry with the least s²·norm - 2·s·entry·wanted: wanted [R, V], scale [R] -> int64 [R]."""
+    entries = tl.arange(0, 256)
+    book = tl.load(book_ptr + entries[:, None] * V + tl.arange(0, V)[None, :])
+    match = tl.sum(wanted[:, None, :] * book[None, :, :], axis=2)
+    norms = tl.load(norms_ptr + entries)
+    return tl.argmin((scale * scale)[:, None] * norms[None, :] - 2.0 * scale[:, None] * match, axis=1).to(tl.int64)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sweep_kernel(  # type: ignore[no-untyped-def]
     pull_ptr, tile_ptr, scales_ptr, norms_ptr, codes_ptr, books_ptr, moved_ptr,
     rows, width, positions, scale_stride, norm_stride, code_stride,
-    M: tl.constexpr, V: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    M: tl.constexpr, V: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * R + tl.arange(0, R)
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     live = row < rows
-    cols = tl.arange(0, COLUMNS)
-    inside = live[:, None] & (cols < width)[None, :]
-    entries = tl.arange(0, 256)
-    place = row.to(tl.int64)[:, None] * width + cols[None, :]
-    pull = tl.load(pull_ptr + place, mask=inside, other=0.0)
-    moved = tl.zeros([R, COLUMNS], dtype=tl.float32)
+    part, place = tl.arange(0, V), tl.arange(0, P)
+    column = place[:, None] * V + part[None, :]
+    inside = live[:, None, None] & (column < width)[None, :, :]
+    address = row[:, None, None] * width + column[None, :, :]
+    pull = tl.load(pull_ptr + address, mask=inside, other=0.0)
+    moved = tl.zeros([R, P, V], dtype=tl.float32)
     for p in range(positions):
-        scale = tl.load(scales_ptr + row.to(tl.int64) * scale_stride + p, mask=live, other=0.0)
+        here = (place == p)[None, :, None]
+        scale = tl.load(scales_ptr + row * scale_stride + p, mask=live, other=0.0)
+        own = tl.load(tile_ptr + (p * V + part[:, None]) * width + p * V + part[None, :])
         for i in tl.static_range(M):
-            at = codes_ptr + row.to(tl.int64) * code_stride + p * M + i
+            at = codes_ptr + row * code_stride + p * M + i
+            book_ptr = books_ptr + i * 256 * V
             code = tl.load(at, mask=live, other=0)
-            norms = tl.load(norms_ptr + i * norm_stride + p * 256 + entries)
-            score = (scale * scale)[:, None] * norms[None, :]
-            for t in tl.static_range(V):
-                wanted = _pick(pull, p * V + t, cols)
-                for u in tl.static_range(V):
-                    current = scale * tl.load(books_ptr + (i * 256 + code) * V + u)
-                    wanted += current * tl.load(tile_ptr + (p * V + u) * width + p * V + t)
-                score += (-2.0 * scale * wanted)[:, None] * tl.load(books_ptr + (i * 256 + entries) * V + t)[None, :]
-            best = tl.argmin(score, axis=1)
+            current = scale[:, None] * tl.load(book_ptr + code[:, None] * V + part[None, :])
+            wanted = tl.sum(tl.where(here, pull, 0.0), axis=1) + tl.sum(current[:, :, None] * own[None, :, :], axis=1)
+            best = _best_entry(wanted, scale, book_ptr, norms_ptr + i * norm_stride + p * 256, V)
+            step = scale[:, None] * tl.load(book_ptr + best[:, None] * V + part[None, :]) - current
             for u in tl.static_range(V):
-                new = tl.load(books_ptr + (i * 256 + best) * V + u)
-                step = scale * (new - tl.load(books_ptr + (i * 256 + code) * V + u))
-                line = tl.load(tile_ptr + (p * V + u) * width + cols, mask=cols < width, other=0.0)
-                pull -= step[:, None] * line[None, :]
-                moved += tl.where(cols[None, :] == p * V + u, step[:, None], 0.0)
-            tl.store(at, best.to(tl.int64), mask=live)
-    tl.store(moved_ptr + place, moved, mask=inside)
+                line = tl.load(tile_ptr + (p * V + u) * width + column, mask=column < width, other=0.0)
+                amount = tl.sum(tl.where((part == u)[None, :], step, 0.0), axis=1)
+                pull -= amount[:, None, None] * line[None, :, :]
+            moved += tl.where(here, step[:, None, :], 0.0)
+            tl.store(at, best, mask=live)
+    tl.store(moved_ptr + address, moved, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _feedback_kernel(  # type: ignore[no-untyped-def]
     remaining_ptr, tile_ptr, inverses_ptr, metrics_ptr, scales_ptr, norms_ptr, codes_ptr, books_ptr, pushed_ptr,
     rows, width, positions, scale_stride, norm_stride, code_stride,
-    M: tl.constexpr, V: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, VISITS: tl.constexpr,
+    M: tl.constexpr, V: tl.constexpr, R: tl.constexpr, P: tl.constexpr, VISITS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * R + tl.arange(0, R)
+    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     live = row < rows
-    cols = tl.arange(0, COLUMNS)
-    inside = live[:, None] & (cols < width)[None, :]
-    entries = tl.arange(0, 256)
-    place = row.to(tl.int64)[:, None] * width + cols[None, :]
-    left = tl.load(remaining_ptr + place, mask=inside, other=0.0)  # what is left to represent, all columns
-    pushed = tl.zeros([R, COLUMNS], dtype=tl.float32)
+    part, place = tl.arange(0, V), tl.arange(0, P)
+    column = place[:, None] * V + part[None, :]
+    inside = live[:, None, None] & (column < width)[None, :, :]
+    address = row[:, None, None] * width + column[None, :, :]
+    left = tl.load(remaining_ptr + address, mask=inside, other=0.0)  # what is still to be represented
+    pushed = tl.zeros([R, P, V], dtype=tl.float32)
     for p in range(positions):
-        scale = tl.load(scales_ptr + row.to(tl.int64) * scale_stride + p, mask=live, other=0.0)
+        here = (place == p)[None, :, None]
+        scale = tl.load(scales_ptr + row * scale_stride + p, mask=live, other=0.0)
+        square = p * V * V + part[:, None] * V + part[None, :]
+        metric = tl.load(metrics_ptr + square)
+        rest = tl.sum(tl.where(here, left, 0.0), axis=1)
         for visit in tl.static_range(VISITS):
             for i in tl.static_range(M):
-                at = codes_ptr + row.to(tl.int64) * code_stride + p * M + i
+                at = codes_ptr + row * code_stride + p * M + i
+                book_ptr = books_ptr + i * 256 * V
                 if visit > 0:
                     code = tl.load(at, mask=live, other=0)
-                    for u in tl.static_range(V):
-                        back = scale * tl.load(books_ptr + (i * 256 + code) * V + u)
-                        left += tl.where(cols[None, :] == p * V + u, back[:, None], 0.0)
-                norms = tl.load(norms_ptr + i * norm_stride + p * 256 + entries)
-                score = (scale * scale)[:, None] * norms[None, :]
-                for t in tl.static_range(V):
-                    wanted = tl.zeros([R], dtype=tl.float32)
-                    for u in tl.static_range(V):
-                        wanted += _pick(left, p * V + u, cols) * tl.load(metrics_ptr + (p * V + u) * V + t)
-                    book = tl.load(books_ptr + (i * 256 + entries) * V + t)
-                    score += (-2.0 * scale * wanted)[:, None] * book[None, :]
-                best = tl.argmin(score, axis=1)
-                for u in tl.static_range(V):
-                    taken = scale * tl.load(books_ptr + (i * 256 + best) * V + u)
-                    left -= tl.where(cols[None, :] == p * V + u, taken[:, None], 0.0)
-                tl.store(at, best.to(tl.int64), mask=live)
-                tl.debug_barrier()  # the next visit reads these codes back
+                    rest += scale[:, None] * tl.load(book_ptr + code[:, None] * V + part[None, :])
+                wanted = tl.sum(rest[:, :, None] * metric[None, :, :], axis=1)
+                best = _best_entry(wanted, scale, book_ptr, norms_ptr + i * norm_stride + p * 256, V)
+                rest -= scale[:, None] * tl.load(book_ptr + best[:, None] * V + part[None, :])
+                tl.store(at, best, mask=live)
+                tl.debug_barrier()  # the second visit reads these codes back
+        error = tl.sum(rest[:, :, None] * tl.load(inverses_ptr + square)[None, :, :], axis=1)
+        later = (column >= (p + 1) * V) & (column < width)
         for t in tl.static_range(V):
-            error = tl.zeros([R], dtype=tl.float32)
-            for u in tl.static_range(V):
-                error += _pick(left, p * V + u, cols) * tl.load(inverses_ptr + (p * V + u) * V + t)
-            pushed += tl.where(cols[None, :] == p * V + t, error[:, None], 0.0)
-            later = (cols >= (p + 1) * V) & (cols < width)
-            line = tl.load(tile_ptr + (p * V + t) * width + cols, mask=later, other=0.0)
-            left -= error[:, None] * line[None, :]
-    tl.store(pushed_ptr + place, pushed, mask=inside)
+            line = tl.load(tile_ptr + (p * V + t) * width + column, mask=later, other=0.0)
+            amount = tl.sum(tl.where((part == t)[None, :], error, 0.0), axis=1)
+            left -= amount[:, None, None] * line[None, :, :]
+        pushed += tl.where(here, error[:, None, :], 0.0)
+    tl.store(pushed_ptr + address, pushed, mask=inside)
 
 
 def sweep_block(pull: Tensor, tile: Tensor, scales: Tensor, norms: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
@@ -155,6 +150,6 @@ def _launch(
         "M": len(codebooks),
         "V": codebooks.shape[2],
         "R": ROWS,
-        "COLUMNS": COLUMNS,
+        "P": COLUMNS // codebooks.shape[2],
     }
     return (triton.cdiv(rows, ROWS),), sizes
