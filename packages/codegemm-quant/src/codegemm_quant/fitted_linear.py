@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codegemm_kernels import unpack_codes
-from codegemm_quant.weight import CodebookWeight
+from codegemm_quant.weight import CodebookWeight, collect_codebooks
 
 
 class FittedLinear(nn.Module):
-    """Codes as a buffer, codebooks [m, 256, v] and scales [N, G] as fp32 parameters, the dense weight made on demand.
+    """Codes as a uint8 buffer, codebooks [m, 256, v] and scales [N, G] as fp32 parameters, the dense weight on demand.
 
     `refresh` rebuilds the dense weight in the compute dtype, once an optimiser step; `collect_gradients` sends the
     gradient that has accumulated on it back into codebooks and scales. Any number of micro-batches may lie between.
+    Between the two no graph is kept: a layer holds its codes, its dense weight and that weight's gradient.
     """
 
     codes: Tensor
@@ -23,18 +24,17 @@ class FittedLinear(nn.Module):
 
     def __init__(self, weight: CodebookWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("codes", weight.codes)
+        self.register_buffer("codes", weight.codes.to(torch.uint8))
         self.codebooks = nn.Parameter(weight.codebooks.detach().clone())
         self.scales = nn.Parameter(weight.scales.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         self.dtype = dtype
-        self._graph: Tensor | None = None
         self.refresh(training=False)
 
     @property
     def weight(self) -> CodebookWeight:
-        """The weight as it is now, sharing its tensors."""
-        return CodebookWeight(self.codes, self.codebooks.detach(), self.scales.detach())
+        """The weight as it is now; codebooks and scales are shared with it."""
+        return CodebookWeight(self.codes.long(), self.codebooks.detach(), self.scales.detach())
 
     @classmethod
     def from_packed(cls, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> FittedLinear:
@@ -54,17 +54,26 @@ class FittedLinear(nn.Module):
             tensors["bias"] = self.bias.detach().to(dtype).cpu()
         return tensors
 
+    @torch.no_grad()
     def refresh(self, *, training: bool) -> None:
         """Rebuild the dense weight from codes, codebooks and scales."""
-        with torch.set_grad_enabled(training):
-            weight = CodebookWeight(self.codes, self.codebooks, self.scales).dequantize()
-        self._graph = weight if training else None
-        self.dense = weight.detach().to(self.dtype).requires_grad_(training)
+        self.dense = self.weight.dequantize().to(self.dtype)
+        self.dense.requires_grad_(training)
 
+    @torch.no_grad()
     def collect_gradients(self) -> None:
-        """Turn the gradient of the dense weight into gradients of codebooks and scales."""
-        if self._graph is not None and self.dense.grad is not None:
-            self._graph.backward(self.dense.grad.float())
+        """Turn the gradient of the dense weight into gradients of codebooks and scales, and drop it.
+
+        dL/dB_i[e] sums s * G over the vectors whose code is e, dL/ds sums G * (sum of entries) over the group.
+        """
+        if self.dense.grad is None:
+            return
+        gradient, weight = self.dense.grad.float(), self.weight
+        self.dense.grad = None
+        rows, groups = self.scales.shape
+        self.scales.grad = (gradient * weight.unscaled()).view(rows, groups, -1).sum(-1)
+        scaled = gradient.view(rows, groups, -1) * self.scales.unsqueeze(-1)
+        self.codebooks.grad = collect_codebooks(weight.codes, scaled.view(rows, -1), self.codebooks.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the compute dtype."""

@@ -36,7 +36,7 @@ class CodebookWeight:
         return expand_codebooks(self.codes, self.codebooks)
 
     def dequantize(self) -> Tensor:
-        """The weight [N, K]; differentiable in codebooks and scales."""
+        """The weight [N, K]."""
         rows, groups = self.scales.shape
         return (self.unscaled().view(rows, groups, -1) * self.scales.unsqueeze(-1)).view(rows, -1)
 

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from codegemm_kernels import CodebookScheme, NumericalError
+from codegemm_quant.blocks import BlockCall
+from codegemm_quant.fitted_linear import FittedLinear
+from codegemm_quant.kmeans import initialise
+from codegemm_quant.tuning import TunePlan, tune_block
+
+CALL = BlockCall((), {})
+
+
+def fitted(scheme="m2v4g16", rows=96, width=64):
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(rows, width, generator=generator)
+    weight = initialise(dense, torch.ones(width), CodebookScheme.parse(scheme), generator)
+    return dense, FittedLinear(weight, torch.zeros(rows), torch.float32)
+
+
+def plan(rate=1e-2, epochs=3, **options):
+    return TunePlan(epochs, rate, torch.Generator().manual_seed(0), "block 5", **options)
+
+
+@pytest.mark.parametrize("scheme", ["m1v4g16", "m2v8g-1", "m3v4g32"])
+def test_gradients_are_those_of_the_dequantised_weight(scheme):
+    _, linear = fitted(scheme)
+    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(1))
+    linear.refresh(training=True)
+    linear(x).square().sum().backward()
+    linear.collect_gradients()
+
+    books = linear.codebooks.detach().clone().requires_grad_(True)
+    scales = linear.scales.detach().clone().requires_grad_(True)
+    sums = sum(books[i][linear.codes[:, :, i].long()] for i in range(len(books)))
+    weight = (sums.reshape(96, scales.shape[1], -1) * scales.unsqueeze(-1)).reshape(96, 64)
+    (x @ weight.t()).square().sum().backward()
+    assert torch.allclose(linear.codebooks.grad, books.grad, rtol=1e-4, atol=1e-4 * books.grad.abs().max())
+    assert torch.allclose(linear.scales.grad, scales.grad, rtol=1e-4, atol=1e-4 * scales.grad.abs().max())
+
+
+def test_tuning_moves_the_output_towards_the_target_and_leaves_codes_alone():
+    dense, linear = fitted()
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.eye(64) + torch.randn(64, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+    inputs = [torch.randn(4, 32, 64, generator=generator) @ mix for _ in range(20)]
+    codes, losses = linear.codes.clone(), []
+    block = nn.Sequential(linear)
+    result = tune_block(block, CALL, inputs, [x @ dense.t() for x in inputs], plan(on_step=losses.append))
+    assert result.after < 0.7 * result.before
+    assert len(losses) == 3 * 18
+    assert torch.equal(linear.codes, codes)
+
+
+def test_a_block_never_gets_worse_on_what_is_held_out():
+    dense, linear = fitted()
+    inputs = [torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    before = [parameter.detach().clone() for parameter in linear.parameters()]
+    result = tune_block(nn.Sequential(linear), CALL, inputs, [x @ dense.t() for x in inputs], plan(rate=0.9))
+    assert result.after <= result.before
+    if result.after == result.before:
+        assert all(torch.equal(a, b) for a, b in zip(before, linear.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_names_the_block():
+    dense, linear = fitted()
+    inputs = [torch.full((1, 4, 64), math.inf) for _ in range(3)]
+    with pytest.raises(NumericalError, match="block 5"):
+        tune_block(nn.Sequential(linear), CALL, inputs, [x @ dense.t() for x in inputs], plan())
