@@ -46,11 +46,12 @@ void gemm_cpu(Address codes, Address codebooks, Address scales, int num_codebook
 }
 
 void dequantize_cpu(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
-                    int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y, int threads) {
+                    int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y,
+                    int64_t first_row, int64_t rows, int threads) {
   codegemm::cpu::dequantize(
       {weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features, in_features, dtype),
        reinterpret_cast<void*>(y)},
-      threads);
+      first_row, rows, threads);
 }
 
 #ifdef CODEGEMM_WITH_CUDA
@@ -88,8 +89,10 @@ PYBIND11_MODULE(_C, m) {
         arg("dtype"), arg("x"), arg("x_row_stride"), arg("bias"), arg("y"), arg("rows"), arg("threads"));
   m.def("dequantize_cpu", dequantize_cpu, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
         arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
-        arg("dtype"), arg("y"), arg("threads"));
-  m.def("cpu_features", &codegemm::cpu::features, "The instruction sets whose kernels this processor can run.");
+        arg("dtype"), arg("y"), arg("first_row"), arg("rows"), arg("threads"));
+  m.def("cpu_features", &codegemm::cpu::features, "The instruction set whose kernels are used.");
+  m.def("limit_cpu_features", &codegemm::cpu::limit_features, py::kw_only(), arg("name"),
+        "Use a lesser instruction set, for tests; false when this processor has none of this name.");
 #ifdef CODEGEMM_WITH_CUDA
   m.def("gemm_cuda", gemm_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
         arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),

@@ -40,7 +40,8 @@ struct Dequantize {
 
 namespace cpu {
 void gemm(const Gemm& call, int threads);
-void dequantize(const Dequantize& call, int threads);
+// Rows first_row .. first_row + rows - 1 of W, to y[rows, K].
+void dequantize(const Dequantize& call, int64_t first_row, int64_t rows, int threads);
 }  // namespace cpu
 
 namespace cuda {

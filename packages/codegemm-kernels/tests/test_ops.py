@@ -61,6 +61,31 @@ def test_every_number_of_rows(device, dtype, scheme, make_weight):
         check(x[:rows], weight)
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512vbmi"])
+def instruction_set(request):
+    """Each instruction set with kernels; a processor without one runs its best again."""
+    best = _C.cpu_features()
+    _C.limit_cpu_features(name=request.param)
+    yield
+    assert _C.limit_cpu_features(name=best)
+
+
+@pytest.mark.parametrize(("scheme", "N", "K"), SHAPES[::3])
+def test_every_instruction_set(instruction_set, scheme, N, K, make_weight):
+    for dtype in DTYPES:
+        weight = make_weight(scheme, N, K, dtype)
+        for rows in (1, 6, 66):
+            x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            check(x, weight, torch.ones(N, dtype=dtype))
+        torch.testing.assert_close(ops.dequantize(*weight), reference.dequantize(*weight))
+
+
+def test_an_unknown_instruction_set_is_not_taken():
+    best = _C.cpu_features()
+    assert not _C.limit_cpu_features(name="abacus")
+    assert _C.cpu_features() == best
+
+
 @pytest.mark.parametrize("trial", range(20))
 def test_random_shapes_and_views(device, trial, make_weight):
     draw = random.Random(trial)

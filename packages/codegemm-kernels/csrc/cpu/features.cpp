@@ -1,8 +1,13 @@
 #include "cpu/features.h"
 
+#include <atomic>
+#include <cstring>
+
 namespace codegemm::cpu {
 
 namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512vbmi"};  // as in InstructionSet, each above the last
 
 InstructionSet detect() {
 #if defined(__x86_64__)
@@ -10,28 +15,32 @@ InstructionSet detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi")) {
     return InstructionSet::kAvx512Vbmi;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return InstructionSet::kAvx2;
+  }
 #endif
   return InstructionSet::kPortable;
 }
 
-}  // namespace
-
-InstructionSet instruction_set() {
-  static const InstructionSet found = detect();
-  return found;
+std::atomic<InstructionSet>& chosen() {
+  static std::atomic<InstructionSet> value{detect()};
+  return value;
 }
 
-const char* features() {
-  switch (instruction_set()) {
-    case InstructionSet::kAvx512Vbmi:
-      return "avx512vbmi";
-    case InstructionSet::kAvx2:
-      return "avx2";
-    case InstructionSet::kPortable:
-      break;
+}  // namespace
+
+InstructionSet instruction_set() { return chosen().load(std::memory_order_relaxed); }
+
+const char* features() { return kNames[static_cast<int>(instruction_set())]; }
+
+bool limit_features(const char* name) {
+  for (int i = 0; i <= static_cast<int>(detect()); ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) {
+      chosen().store(static_cast<InstructionSet>(i));
+      return true;
+    }
   }
-  return "portable";
+  return false;
 }
 
 }  // namespace codegemm::cpu

@@ -1,36 +1,95 @@
-// The entry points: portable kernels, and the choice of better ones where the processor has them.
+// The entry points: the choice of a kernel for this processor and this call, and the loop over blocks of rows.
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
 #include "codegemm.h"
 #include "cpu/features.h"
+#include "cpu/floats.h"
+#include "cpu/pool.h"
 #include "cpu/psumbook.h"
 #include "cpu/tile.h"
 
 namespace codegemm::cpu {
 namespace {
 
-// Psumbook tables cost 256 lookups a position and token to build, whatever N is.
-constexpr int64_t kPsumbookTokens = 16;
+// Up to this many rows of x the psumbook beats torch's product with dequantised weights; ops.py goes that way beyond.
+constexpr int64_t kPsumbookTokens = 64;
 
-bool psumbook_applies(const Gemm& call) {
+// A thread more for every so many codes decoded or looked up, about 10 us of work: waking a thread can take 50.
+constexpr int64_t kCodesPerThread = 1 << 17;
+
+int useful_threads(int64_t codes, int threads) { return int(std::min<int64_t>(threads, 1 + codes / kCodesPerThread)); }
+
+int64_t codes_per_row(const Weight& weight) { return weight.in_features / weight.vector_length * weight.num_codebooks; }
+
+bool psumbook_applies([[maybe_unused]] const Gemm& call) {
 #if defined(__x86_64__)
   const Weight& weight = call.weight;
   const int64_t group_vectors = weight.in_features / weight.vector_length / weight.num_groups;
   return instruction_set() == InstructionSet::kAvx512Vbmi && call.rows <= kPsumbookTokens && group_vectors % 4 == 0;
 #else
-  static_cast<void>(call);
   return false;
 #endif
+}
+
+auto* gemm_block() {
+#if defined(__x86_64__)
+  if (instruction_set() != InstructionSet::kPortable) return avx2::gemm_block;
+#endif
+  return portable::gemm_block;
+}
+
+auto* dequantize_block() {
+#if defined(__x86_64__)
+  if (instruction_set() != InstructionSet::kPortable) return avx2::dequantize_block;
+#endif
+  return portable::dequantize_block;
+}
+
+std::vector<float> wide_codebooks(const Weight& weight) {
+  std::vector<float> wide(size_t(weight.num_codebooks) * 256 * weight.vector_length);
+  with_type(weight.dtype, [&](auto type) {
+    widen_all(static_cast<const decltype(type)*>(weight.codebooks), int64_t(wide.size()), wide.data());
+  });
+  return wide;
+}
+
+std::vector<float> wide_inputs(const Gemm& call, int64_t token, int tokens) {
+  const int64_t K = call.weight.in_features;
+  std::vector<float> x(size_t(tokens) * K);
+  with_type(call.weight.dtype, [&](auto type) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      widen_all(static_cast<const decltype(type)*>(call.x) + (token + i) * call.x_row_stride, K, x.data() + i * K);
+    }
+  });
+  return x;
 }
 
 }  // namespace
 
 void gemm(const Gemm& call, int threads) {
-  if (call.rows == 0 || call.weight.out_features == 0) return;
+  const Weight& weight = call.weight;
+  if (call.rows == 0 || weight.out_features == 0) return;
+  threads = useful_threads(weight.out_features * codes_per_row(weight) * call.rows, threads);
   if (psumbook_applies(call)) return gemm_by_psumbook(call, threads);
-  with_vector_length(call.weight.vector_length, [&](auto v) { gemm_by_tiles<v()>(call, threads); });
+  const std::vector<float> codebooks = wide_codebooks(weight);
+  for (int64_t token = 0; token < call.rows; token += kTokens) {
+    const int tokens = int(std::min<int64_t>(kTokens, call.rows - token));
+    const std::vector<float> x = wide_inputs(call, token, tokens);
+    parallel_for((weight.out_features + kTileRows - 1) / kTileRows, threads, [&](int64_t block) {
+      gemm_block()({&call, codebooks.data(), x.data(), token, tokens, block * kTileRows});
+    });
+  }
 }
 
-void dequantize(const Dequantize& call, int threads) {
-  with_vector_length(call.weight.vector_length, [&](auto v) { dequantize_by_tiles<v()>(call, threads); });
+void dequantize(const Dequantize& call, int64_t first_row, int64_t rows, int threads) {
+  const std::vector<float> codebooks = wide_codebooks(call.weight);
+  threads = useful_threads(rows * codes_per_row(call.weight), threads);
+  parallel_for((rows + kTileRows - 1) / kTileRows, threads, [&](int64_t block) {
+    const int64_t n = block * kTileRows;
+    dequantize_block()({&call, codebooks.data(), first_row, n, int(std::min<int64_t>(kTileRows, rows - n))});
+  });
 }
 
 }  // namespace codegemm::cpu

@@ -1,5 +1,6 @@
 #include "cpu/pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -103,11 +104,34 @@ Pool& pool() {
   return *process_pool.load();
 }
 
+// The entry of an OpenMP runtime for "run body(data) on a team of `threads`", in GCC's calling convention, which LLVM's
+// and Intel's runtimes also offer.
+using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Tasks {
+  std::atomic<int64_t> next;
+  int64_t count;
+  const std::function<void(int64_t)>* task;
+};
+
+void drain_tasks(void* data) {
+  Tasks& tasks = *static_cast<Tasks*>(data);
+  for (int64_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;) (*tasks.task)(i);
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
   const int workers = static_cast<int>(std::min<int64_t>({threads, count, kMaxThreads})) - 1;
   if (workers > 0) {
+    // torch's threads keep spinning for a while after each of its operations. A second set of threads would fight them
+    // for the cores: with alternating calls that cost a scheduler quantum of 4 ms each (docs/log.md). So where the
+    // process has an OpenMP runtime, its threads are used.
+    static const auto openmp = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (openmp != nullptr) {
+      Tasks tasks{{0}, count, &task};
+      return openmp(drain_tasks, &tasks, static_cast<unsigned>(workers + 1), 0);
+    }
     Pool& shared = pool();
     std::unique_lock<std::mutex> turn(shared.busy, std::try_to_lock);
     if (turn.owns_lock()) return shared.run(count, workers, task);

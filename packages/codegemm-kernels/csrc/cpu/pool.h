@@ -1,4 +1,4 @@
-// A small persistent thread pool.
+// Running independent tasks on several threads: the OpenMP runtime's where the process has one, else a small pool's.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -13,7 +13,9 @@
 namespace codegemm::cpu {
 namespace {
 
-constexpr int64_t kTableBytes = 1 << 20;  // room for the tables of a stretch: what fits the L2 cache
+// Room for the tables of a stretch of K. They are read in order, so the L3 cache is near enough; each stretch costs two
+// waits for all threads.
+constexpr int64_t kTableBytes = 4 << 20;
 
 // Memory that a thread keeps from call to call, aligned to a cache line.
 class Scratch {
@@ -85,9 +87,7 @@ void write_outputs(const Gemm& call, const float* sums, int64_t sum_stride, int6
   }
 }
 
-}  // namespace
-
-void gemm_by_psumbook(const Gemm& call, int threads) {
+void gemm_few_tokens(const Gemm& call, int threads) {
   thread_local Scratch codebook_memory, input_memory, table_memory, unit_memory, sum_memory;
   const Weight& weight = call.weight;
   const int m = weight.num_codebooks, v = weight.vector_length, tokens = int(call.rows);
@@ -111,8 +111,7 @@ void gemm_by_psumbook(const Gemm& call, int threads) {
 
   // Two blocks a thread or more, so that a thread that is held up does not hold up the rest.
   const int64_t share = (N / (2 * int64_t(threads)) + kChunkRows) / kChunkRows * kChunkRows;
-  const int64_t room = kMaxBlockDigits / tokens / kChunkRows * kChunkRows;
-  const int64_t block_rows = std::min<int64_t>({kMaxBlockRows, room, share});
+  const int64_t block_rows = std::min<int64_t>(kMaxBlockRows, share);
   const int element = weight.dtype == DType::kFloat32 ? 4 : 2;
 
   for (int64_t start = 0; start < segments.count; start += stretch) {
@@ -140,6 +139,19 @@ void gemm_by_psumbook(const Gemm& call, int threads) {
         with_type(weight.dtype, [&](auto type) { write_outputs<decltype(type)>(call, sums, sum_stride, n, rows); });
       }
     });
+  }
+}
+
+}  // namespace
+
+void gemm_by_psumbook(const Gemm& call, int threads) {
+  const int element = call.weight.dtype == DType::kFloat32 ? 4 : 2;
+  for (int64_t token = 0; token < call.rows; token += kMaxTokens) {
+    Gemm part = call;
+    part.x = static_cast<const char*>(call.x) + token * call.x_row_stride * element;
+    part.y = static_cast<char*>(call.y) + token * call.weight.out_features * element;
+    part.rows = std::min<int64_t>(kMaxTokens, call.rows - token);
+    gemm_few_tokens(part, threads);
   }
 }
 

@@ -13,10 +13,8 @@ constexpr int kMaxPlanes = 3;
 constexpr int kMaxLookups = 32;  // lookups of a row in a segment; with 7-bit digits 256 would overflow its sums
 constexpr int kChunkRows = 64;   // rows a byte shuffle looks up at once
 constexpr int kMaxBlockRows =
-    1024;  // rows of W handled together, so that a table serves many lookups once it is loaded
-constexpr int kMaxBlockDigits = 4096;  // rows times tokens handled together: their digit sums fill half of the L1 cache
-
-// How to read the tables of a segment: entry = unit · (digits - half their range).
+    1024;                      // rows of W handled together, so that a table serves many lookups once it is loaded
+constexpr int kMaxTokens = 4;  // rows of x handled together: with kMaxBlockRows their digit sums fill half of L1
 struct TableUnit {
   float unit;  // zero for inputs of zero, NaN where an entry is not finite
   int planes;

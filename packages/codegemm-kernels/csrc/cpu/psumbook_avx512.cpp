@@ -213,7 +213,7 @@ void add_lookups(const SegmentLookups& job) {
     const int left = job.rows - 16 * k;
     masks[k] = left >= 16 ? 0xffff : left <= 0 ? 0 : __mmask16((1 << left) - 1);
   }
-  __m512i digits[kMaxBlockDigits / kChunkRows * 2 * kMaxPlanes];
+  __m512i digits[kMaxTokens * kMaxChunks * 2 * kMaxPlanes];
   for (int d = 0; d < job.tokens * token_digits; ++d) digits[d] = _mm512_setzero_si512();
   for (int step = 0; step < job.words * m; ++step) {
     const int w = step / m, i = step % m;

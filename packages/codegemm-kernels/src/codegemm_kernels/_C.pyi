@@ -4,7 +4,10 @@ has_cuda: bool
 """Whether the CUDA kernels were compiled in; `gemm_cuda` and `dequantize_cuda` exist only then."""
 
 def cpu_features() -> str:
-    """The best instruction set whose kernels this processor can run: `avx512vbmi`, `avx2` or `portable`."""
+    """The instruction set whose kernels are used: `avx512vbmi`, `avx2` or `portable`."""
+
+def limit_cpu_features(*, name: str) -> bool:
+    """Use a lesser instruction set, so that one machine tests all kernels; false if the processor has none of this name."""
 
 def gemm_cpu(
     *,
@@ -36,6 +39,8 @@ def dequantize_cpu(
     in_features: int,
     dtype: int,
     y: int,
+    first_row: int,
+    rows: int,
     threads: int,
 ) -> None: ...
 def gemm_cuda(

@@ -14,6 +14,10 @@ from codegemm_kernels.errors import BadInput
 from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CODES_PER_WORD, MAX_CODEBOOKS, VECTOR_LENGTHS
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/codegemm.h, enum DType
+# On the CPU, x with more rows than this is multiplied by dequantised panels of W: see docs/log.md, CPU kernels.
+_MAX_KERNEL_ROWS = 64
+_MIN_PANEL_FEATURES = 256  # below, the kernel is quicker than the calls to torch
+_PANEL_BYTES = 4 << 20
 _NO_CUDA = (
     "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
     "CUDA_HOME set if nvcc is not on PATH), or move the model to the CPU"
@@ -88,14 +92,22 @@ def _as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _new_output(x: Tensor, N: int) -> Tensor:
+    shape = x.shape
+    return x.new_empty((shape[0], N)) if len(shape) == 2 else x.new_empty((*shape[:-1], N))
+
+
 def _gemm_cpu(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     N, K, num_groups = _check_weight(codes, codebooks, scales)
     _check_input(x, bias, codes, codebooks, N, K)
-    y = x.new_empty((*x.shape[:-1], N))
+    y = _new_output(x, N)
     if y.numel() == 0:
         return y
     rows = _as_rows(x)
     codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    if rows.shape[0] > _MAX_KERNEL_ROWS and K >= _MIN_PANEL_FEATURES:
+        _gemm_by_panels(rows, codes, codebooks, scales, bias, y.view(-1, N))
+        return y
     bias = None if bias is None else bias.contiguous()
     _C.gemm_cpu(
         codes=codes.data_ptr(),
@@ -117,12 +129,52 @@ def _gemm_cpu(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias:
     return y
 
 
+@torch.no_grad()
+def _gemm_by_panels(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
+) -> None:
+    """Fill y [M, N] panel by panel: dequantise some rows of W into a buffer that stays in the cache, multiply by torch.
+
+    A buffer for all of W would cost more than the decoding: fresh memory is cleared page by page.
+    """
+    N, K = y.shape[1], x.shape[1]
+    if x.dtype == torch.float16:  # torch multiplies fp16 slower than fp32 on processors without fp16 arithmetic
+        x, codebooks, scales = x.float(), codebooks.float(), scales.float()
+        bias = None if bias is None else bias.float()
+    step = max(_PANEL_BYTES // (K * x.element_size()) // 16, 1) * 16
+    panel = x.new_empty((min(step, N), K))
+    for first in range(0, N, step):
+        last = min(first + step, N)
+        _dequantize_rows(codes, codebooks, scales, first, last, panel)
+        part = None if bias is None else bias[first:last]
+        y[:, first:last] = torch.nn.functional.linear(x, panel[: last - first], part)
+
+
+def _dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, first: int, last: int, rows: Tensor) -> None:
+    """Write rows first .. last - 1 of W to the leading rows of `rows`; all tensors contiguous and checked."""
+    _C.dequantize_cpu(
+        codes=codes.data_ptr(),
+        codebooks=codebooks.data_ptr(),
+        scales=scales.data_ptr(),
+        num_codebooks=codebooks.shape[0],
+        vector_length=codebooks.shape[2],
+        num_groups=scales.shape[0],
+        out_features=scales.shape[1],
+        in_features=rows.shape[1],
+        dtype=_DTYPES[codebooks.dtype],
+        y=rows.data_ptr(),
+        first_row=first,
+        rows=last - first,
+        threads=torch.get_num_threads(),
+    )
+
+
 def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _C.has_cuda:
         raise BadInput(_NO_CUDA)
     N, K, num_groups = _check_weight(codes, codebooks, scales)
     _check_input(x, bias, codes, codebooks, N, K)
-    y = x.new_empty((*x.shape[:-1], N))
+    y = _new_output(x, N)
     if y.numel() == 0:
         return y
     rows = _as_rows(x)
@@ -153,28 +205,14 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
 def _gemm_fake(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     N, K, _ = _check_weight(codes, codebooks, scales)
     _check_input(x, bias, codes, codebooks, N, K)
-    return x.new_empty((*x.shape[:-1], N))
+    return _new_output(x, N)
 
 
 def _dequantize_cpu(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    N, K, num_groups = _check_weight(codes, codebooks, scales)
+    N, K, _ = _check_weight(codes, codebooks, scales)
     y = codebooks.new_empty((N, K))
-    if N == 0:
-        return y
-    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
-    _C.dequantize_cpu(
-        codes=codes.data_ptr(),
-        codebooks=codebooks.data_ptr(),
-        scales=scales.data_ptr(),
-        num_codebooks=codebooks.shape[0],
-        vector_length=codebooks.shape[2],
-        num_groups=num_groups,
-        out_features=N,
-        in_features=K,
-        dtype=_DTYPES[codebooks.dtype],
-        y=y.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    if N:
+        _dequantize_rows(codes.contiguous(), codebooks.contiguous(), scales.contiguous(), 0, N, y)
     return y
 
 
