@@ -2,9 +2,9 @@
 
     uv run packages/codegemm-kernels/benchmarks/gemm_cpu.py --threads 1 2 --rows 1
 
-Every timing goes over enough copies of its operands that they come from memory and not from a cache. Numbers are the best
-of the calls, in microseconds, because on a shared machine the rest is other people's work; the last line of stdout is one
-JSON object.
+Every timing goes over enough copies of its operands that they come from memory and not from a cache. Numbers are the
+best of the calls, in microseconds, because on a shared machine the rest is other people's work; the last line of stdout
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from codegemm_kernels import CodebookScheme, _C, ops
 from torch import Tensor
+
+from codegemm_kernels import CodebookScheme, ops
 
 CACHE_BYTES = 96 << 20  # three times the last-level cache of the machine the numbers in docs/log.md are from
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -35,36 +36,41 @@ def best_us(call: Callable[[int], object], copies: int, seconds: float) -> float
     return min(times)
 
 
-def copies_of(tensor: Tensor) -> int:
-    """How many copies of a tensor overflow the cache."""
-    return CACHE_BYTES // tensor.nbytes + 1
+def copies_of(tensor: Tensor) -> list[Tensor]:
+    """A tensor and as many copies as overflow the cache."""
+    return [tensor] + [tensor.clone() for _ in range(CACHE_BYTES // tensor.nbytes)]
+
+
+def time_ours(scheme: CodebookScheme, N: int, K: int, x: Tensor, seconds: float) -> float:
+    """Microseconds of our product."""
+    shapes = scheme.shapes(N, K)
+    codes = copies_of(torch.randint(-(2**31), 2**31, shapes["codes"]).int())
+    codebooks, scales = torch.randn(shapes["codebooks"]).to(x.dtype), torch.rand(shapes["scales"]).to(x.dtype)
+    return best_us(lambda i: ops.gemm(x, codes[i], codebooks, scales), len(codes), seconds)
+
+
+def time_read(scheme: CodebookScheme, N: int, K: int, seconds: float) -> float:
+    """Microseconds in which torch sums as many bytes as there are codes."""
+    words = scheme.num_codebooks * K * N // (4 * scheme.vector_length)
+    zeros = copies_of(torch.zeros(words))
+    return best_us(lambda i: zeros[i].sum(), len(zeros), seconds)
+
+
+def time_dense(N: int, K: int, x: Tensor, seconds: float) -> float:
+    """Microseconds of torch's product with a dense matrix in x's dtype."""
+    weights = copies_of(torch.randn(N, K).to(x.dtype))
+    return best_us(lambda i: torch.nn.functional.linear(x, weights[i]), len(weights), seconds)
 
 
 def measure(scheme: CodebookScheme, N: int, K: int, rows: int, dtype: torch.dtype, seconds: float) -> dict[str, float]:
     """Microseconds of our product, of a read of its codes, and of torch's dense product in fp32 and bf16."""
-    shapes = scheme.shapes(N, K)
-    codes = [torch.randint(-(2**31), 2**31, shapes["codes"]).int()]
-    codes += [codes[0].clone() for _ in range(copies_of(codes[0]) - 1)]
-    codebooks = torch.randn(shapes["codebooks"]).to(dtype)
-    scales = [torch.rand(shapes["scales"]).to(dtype) for _ in codes]
     x = torch.randn(rows, K)
-    zeros = [torch.zeros(codes[0].numel()) for _ in codes]
-    result = {
-        "ours": best_us(lambda i: ops.gemm(x.to(dtype), codes[i], codebooks, scales[i]), len(codes), seconds),
-        "read": best_us(lambda i: zeros[i].sum(), len(codes), seconds),
+    return {
+        "ours": time_ours(scheme, N, K, x.to(dtype), seconds),
+        "read": time_read(scheme, N, K, seconds),
+        "float32": time_dense(N, K, x, seconds),
+        "bfloat16": time_dense(N, K, x.bfloat16(), seconds),
     }
-    del codes, zeros, scales
-    for name in ("float32", "bfloat16"):
-        weight = torch.randn(N, K).to(DTYPES[name])
-        weights = [weight] + [weight.clone() for _ in range(copies_of(weight) - 1)]
-        inputs = x.to(weight.dtype)
-        call = torch.nn.functional.linear
-        result[name] = best_us(
-            lambda i, w=weights, a=inputs: call(a, w[i]),  # type: ignore[misc]
-            len(weights),
-            seconds,
-        )
-    return result
 
 
 def main() -> None:
@@ -93,7 +99,9 @@ def main() -> None:
                         f"{t['float32']:9.0f} {t['bfloat16']:9.0f}",
                         file=sys.stderr,
                     )
-    print(json.dumps({"instruction_set": _C.cpu_features(), "dtype": args.dtype, "unit": "us", "table": table}))
+    print(
+        json.dumps({"instruction_set": ops.available_kernels()[0], "dtype": args.dtype, "unit": "us", "table": table})
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ namespace {
 // A decode step calls a kernel every few hundred microseconds and waking a sleeping thread takes about 50, so a worker
 // looks for work for a while before it sleeps. The limit keeps an idle process off the cores.
 constexpr int kSpins = 2000;
-constexpr int64_t kMaxThreads = 256;
+constexpr int kMaxThreads = 256;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -108,36 +108,68 @@ Pool& pool() {
 // and Intel's runtimes also offer.
 using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-struct Tasks {
-  std::atomic<int64_t> next;
-  int64_t count;
-  const std::function<void(int64_t)>* task;
+struct Phase {
+  std::atomic<int64_t> next{0}, done{0};
 };
 
-void drain_tasks(void* data) {
-  Tasks& tasks = *static_cast<Tasks*>(data);
-  for (int64_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;) (*tasks.task)(i);
+struct Work {
+  std::vector<Phase> phases;
+  const std::function<int64_t(int64_t)>& count;
+  const std::function<void(int64_t, int64_t)>& task;
+};
+
+// What every thread does. One that comes late, or never, holds nobody up: the others take its tasks.
+void take_part(Work& work) {
+  for (size_t p = 0; p < work.phases.size(); ++p) {
+    Phase& phase = work.phases[p];
+    const int64_t count = work.count(int64_t(p));
+    for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      work.task(int64_t(p), i);
+      phase.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spin = 0; phase.done.load(std::memory_order_acquire) < count; ++spin) {
+      if (spin < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+}
+
+void run_team(int threads, Work& work) {
+  // torch's threads keep spinning for a while after each of its operations. A second set of threads would fight them
+  // for the cores: with alternating calls that cost a scheduler quantum of 4 ms each (docs/log.md). So where the
+  // process has an OpenMP runtime, its threads are used.
+  static const auto openmp = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (openmp != nullptr) {
+    return openmp([](void* data) { take_part(*static_cast<Work*>(data)); }, &work, unsigned(threads), 0);
+  }
+  Pool& shared = pool();
+  std::unique_lock<std::mutex> turn(shared.busy, std::try_to_lock);
+  if (!turn.owns_lock()) return take_part(work);  // another caller holds the pool
+  shared.run(threads, threads - 1, [&](int64_t) { take_part(work); });
 }
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  const int workers = static_cast<int>(std::min<int64_t>({threads, count, kMaxThreads})) - 1;
-  if (workers > 0) {
-    // torch's threads keep spinning for a while after each of its operations. A second set of threads would fight them
-    // for the cores: with alternating calls that cost a scheduler quantum of 4 ms each (docs/log.md). So where the
-    // process has an OpenMP runtime, its threads are used.
-    static const auto openmp = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (openmp != nullptr) {
-      Tasks tasks{{0}, count, &task};
-      return openmp(drain_tasks, &tasks, static_cast<unsigned>(workers + 1), 0);
-    }
-    Pool& shared = pool();
-    std::unique_lock<std::mutex> turn(shared.busy, std::try_to_lock);
-    if (turn.owns_lock()) return shared.run(count, workers, task);
+void parallel_phases(int64_t phases, int threads, const std::function<int64_t(int64_t)>& count,
+                     const std::function<void(int64_t, int64_t)>& task) {
+  threads = std::min(threads, kMaxThreads);
+  if (threads > 1) {
+    Work work{std::vector<Phase>(size_t(phases)), count, task};
+    return run_team(threads, work);
   }
-  // One thread asked for, or another caller holds the pool: the tasks are independent, so the result is the same.
-  for (int64_t i = 0; i < count; ++i) task(i);
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    const int64_t tasks = count(phase);
+    for (int64_t i = 0; i < tasks; ++i) task(phase, i);
+  }
+}
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  parallel_phases(
+      1, static_cast<int>(std::min<int64_t>(threads, count)), [=](int64_t) { return count; },
+      [&](int64_t, int64_t i) { task(i); });
 }
 
 }  // namespace codegemm::cpu

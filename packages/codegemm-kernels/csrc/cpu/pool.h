@@ -9,4 +9,9 @@ namespace codegemm::cpu {
 // Which thread runs which i is not fixed, so a task may write only what belongs to its i.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
+// The same for several phases, one after the other: task(phase, i) for each i in [0, count(phase)). A phase starts when
+// all tasks of the one before are done. Threads are started once for all phases.
+void parallel_phases(int64_t phases, int threads, const std::function<int64_t(int64_t)>& count,
+                     const std::function<void(int64_t, int64_t)>& task);
+
 }  // namespace codegemm::cpu

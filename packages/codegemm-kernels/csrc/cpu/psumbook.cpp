@@ -75,84 +75,124 @@ void widen_inputs(const Gemm& call, float* to) {
   }
 }
 
-template <class T>
-void write_outputs(const Gemm& call, const float* sums, int64_t sum_stride, int64_t first, int64_t rows) {
-  const T* bias = static_cast<const T*>(call.bias);
-  for (int64_t i = 0; i < call.rows; ++i) {
-    T* y = static_cast<T*>(call.y) + i * call.weight.out_features;
-    for (int64_t n = first; n < first + rows; ++n) {
-      const float sum = sums[i * sum_stride + n];
-      y[n] = narrow<T>(bias == nullptr ? sum : sum + widen(bias[n]));
+// One product: its memory and how it is cut into phases. Phase 2s builds the tables of step s, phase 2s + 1 looks up in
+// them. A step is a stretch of K for up to kMaxTokens rows of x.
+class Product {
+ public:
+  Product(const Gemm& call, int threads)
+      : call_(call),
+        weight_(call.weight),
+        segments_(call.weight),
+        planes_(call.weight.dtype == DType::kFloat32 ? 3 : 2),
+        batch_(std::min<int64_t>(kMaxTokens, call.rows)),
+        segment_bytes_(segments_.words * weight_.num_codebooks * 4 * kMaxPlanes * 256),
+        stretch_(std::max<int64_t>(1, std::min(segments_.count, kTableBytes / (segment_bytes_ * batch_)))),
+        stretches_((segments_.count + stretch_ - 1) / stretch_),
+        sum_stride_((weight_.out_features + kChunkRows - 1) / kChunkRows * kChunkRows) {
+    // Two blocks a thread or more, so that a thread that is held up does not hold up the rest.
+    const int64_t share = (weight_.out_features / (2 * int64_t(threads)) + kChunkRows) / kChunkRows * kChunkRows;
+    block_rows_ = std::min<int64_t>(kMaxBlockRows, share);
+    thread_local Scratch codebook_memory, input_memory, table_memory, unit_memory, sum_memory;
+    codebooks_ = codebook_memory.get<float>(int64_t(weight_.num_codebooks) * weight_.vector_length * 256);
+    x_ = input_memory.get<float>(call.rows * weight_.in_features);
+    tables_ = table_memory.get<uint8_t>(stretch_ * segment_bytes_ * batch_);
+    units_ = unit_memory.get<TableUnit>(stretch_ * batch_);
+    sums_ = sum_memory.get<float>(sum_stride_ * batch_);
+    with_type(weight_.dtype, [&](auto type) {
+      arrange_codebooks<decltype(type)>(weight_, codebooks_);
+      widen_inputs<decltype(type)>(call, x_);
+    });
+  }
+
+  int64_t phases() const { return 2 * stretches_ * ((call_.rows + batch_ - 1) / batch_); }
+
+  int64_t tasks(int64_t phase) const {
+    const Step step = at(phase);
+    return phase % 2 == 0 ? step.count * step.tokens : (weight_.out_features + block_rows_ - 1) / block_rows_;
+  }
+
+  void run(int64_t phase, int64_t task) const {
+    if (phase % 2 == 0) {
+      build(at(phase), task);
+    } else {
+      look_up(at(phase), task * block_rows_);
     }
   }
-}
 
-void gemm_few_tokens(const Gemm& call, int threads) {
-  thread_local Scratch codebook_memory, input_memory, table_memory, unit_memory, sum_memory;
-  const Weight& weight = call.weight;
-  const int m = weight.num_codebooks, v = weight.vector_length, tokens = int(call.rows);
-  const int64_t N = weight.out_features, K = weight.in_features;
-  const int planes = weight.dtype == DType::kFloat32 ? 3 : 2;
-  const Segments segments(weight);
+ private:
+  struct Step {
+    int64_t token, tokens;  // rows of x
+    int64_t start, count;   // segments
+  };
 
-  float* codebooks = codebook_memory.get<float>(int64_t(m) * v * 256);
-  float* x = input_memory.get<float>(tokens * K);
-  with_type(weight.dtype, [&](auto type) {
-    arrange_codebooks<decltype(type)>(weight, codebooks);
-    widen_inputs<decltype(type)>(call, x);
-  });
-
-  const int64_t segment_bytes = segments.words * m * 4 * kMaxPlanes * 256;
-  const int64_t stretch = std::max<int64_t>(1, std::min(segments.count, kTableBytes / (segment_bytes * tokens)));
-  const int64_t table_stride = stretch * segment_bytes, sum_stride = (N + kChunkRows - 1) / kChunkRows * kChunkRows;
-  uint8_t* tables = table_memory.get<uint8_t>(table_stride * tokens);
-  TableUnit* units = unit_memory.get<TableUnit>(stretch * tokens);
-  float* sums = sum_memory.get<float>(sum_stride * tokens);
-
-  // Two blocks a thread or more, so that a thread that is held up does not hold up the rest.
-  const int64_t share = (N / (2 * int64_t(threads)) + kChunkRows) / kChunkRows * kChunkRows;
-  const int64_t block_rows = std::min<int64_t>(kMaxBlockRows, share);
-  const int element = weight.dtype == DType::kFloat32 ? 4 : 2;
-
-  for (int64_t start = 0; start < segments.count; start += stretch) {
-    const int64_t count = std::min(stretch, segments.count - start);
-    parallel_for(count * tokens, threads, [&](int64_t task) {
-      const int64_t token = task / count, at = task % count, segment = start + at;
-      avx512::build_tables({codebooks, x + token * K + segments.first_word(segment) * 4 * v, m, v,
-                            segments.length(segment), planes, tables + token * table_stride + at * segment_bytes,
-                            units + token * stretch + at});
-    });
-    parallel_for((N + block_rows - 1) / block_rows, threads, [&](int64_t block) {
-      const int64_t n = block * block_rows, rows = std::min(block_rows, N - n);
-      if (start == 0) {
-        const int64_t padded = (rows + kChunkRows - 1) / kChunkRows * kChunkRows;
-        for (int i = 0; i < tokens; ++i) std::fill_n(sums + i * sum_stride + n, padded, 0.0f);
-      }
-      for (int64_t at = 0; at < count; ++at) {
-        const int64_t segment = start + at, word = segments.first_word(segment);
-        avx512::add_lookups({weight.codes + word * N + n, N, K / (4 * v) * N, m, segments.length(segment), int(rows),
-                             tokens, tables + at * segment_bytes, table_stride, units + at, stretch,
-                             static_cast<const char*>(weight.scales) + (segments.group(segment) * N + n) * element,
-                             weight.dtype, sums + n, sum_stride});
-      }
-      if (start + count == segments.count) {
-        with_type(weight.dtype, [&](auto type) { write_outputs<decltype(type)>(call, sums, sum_stride, n, rows); });
-      }
-    });
+  Step at(int64_t phase) const {
+    const int64_t token = phase / 2 / stretches_ * batch_, start = phase / 2 % stretches_ * stretch_;
+    return {token, std::min(batch_, call_.rows - token), start, std::min(stretch_, segments_.count - start)};
   }
-}
+
+  void build(const Step& step, int64_t task) const {
+    const int64_t token = task / step.count, place = task % step.count, segment = step.start + place;
+    const int v = weight_.vector_length;
+    const float* x = x_ + (step.token + token) * weight_.in_features + segments_.first_word(segment) * 4 * v;
+    avx512::build_tables({codebooks_, x, weight_.num_codebooks, v, segments_.length(segment), planes_,
+                          tables_ + (token * stretch_ + place) * segment_bytes_, units_ + token * stretch_ + place});
+  }
+
+  void look_up(const Step& step, int64_t n) const {
+    const int64_t N = weight_.out_features, rows = std::min(block_rows_, N - n);
+    const int64_t plane = weight_.in_features / (4 * weight_.vector_length) * N;
+    const int element = weight_.dtype == DType::kFloat32 ? 4 : 2;
+    if (step.start == 0) {
+      const int64_t padded = (rows + kChunkRows - 1) / kChunkRows * kChunkRows;
+      for (int64_t i = 0; i < step.tokens; ++i) std::fill_n(sums_ + i * sum_stride_ + n, padded, 0.0f);
+    }
+    for (int64_t place = 0; place < step.count; ++place) {
+      const int64_t segment = step.start + place;
+      const void* scales = static_cast<const char*>(weight_.scales) + (segments_.group(segment) * N + n) * element;
+      avx512::add_lookups({weight_.codes + segments_.first_word(segment) * N + n, N, plane, weight_.num_codebooks,
+                           segments_.length(segment), int(rows), int(step.tokens), tables_ + place * segment_bytes_,
+                           stretch_ * segment_bytes_, units_ + place, stretch_, scales, weight_.dtype, sums_ + n,
+                           sum_stride_});
+    }
+    if (step.start + step.count == segments_.count) {
+      with_type(weight_.dtype, [&](auto type) { write_outputs<decltype(type)>(step, n, rows); });
+    }
+  }
+
+  template <class T>
+  void write_outputs(const Step& step, int64_t first, int64_t rows) const {
+    const T* bias = static_cast<const T*>(call_.bias);
+    for (int64_t i = 0; i < step.tokens; ++i) {
+      T* y = static_cast<T*>(call_.y) + (step.token + i) * weight_.out_features;
+      for (int64_t n = first; n < first + rows; ++n) {
+        const float sum = sums_[i * sum_stride_ + n];
+        y[n] = narrow<T>(bias == nullptr ? sum : sum + widen(bias[n]));
+      }
+    }
+  }
+
+  const Gemm& call_;
+  const Weight& weight_;
+  const Segments segments_;
+  const int planes_;             // at least, of every table
+  const int64_t batch_;          // rows of x in a step
+  const int64_t segment_bytes_;  // room for the tables of a segment
+  const int64_t stretch_;        // segments in a step
+  const int64_t stretches_;
+  const int64_t sum_stride_;
+  int64_t block_rows_;
+  float *codebooks_, *x_, *sums_;
+  uint8_t* tables_;
+  TableUnit* units_;
+};
 
 }  // namespace
 
 void gemm_by_psumbook(const Gemm& call, int threads) {
-  const int element = call.weight.dtype == DType::kFloat32 ? 4 : 2;
-  for (int64_t token = 0; token < call.rows; token += kMaxTokens) {
-    Gemm part = call;
-    part.x = static_cast<const char*>(call.x) + token * call.x_row_stride * element;
-    part.y = static_cast<char*>(call.y) + token * call.weight.out_features * element;
-    part.rows = std::min<int64_t>(kMaxTokens, call.rows - token);
-    gemm_few_tokens(part, threads);
-  }
+  const Product product(call, threads);
+  parallel_phases(
+      product.phases(), threads, [&](int64_t phase) { return product.tasks(phase); },
+      [&](int64_t phase, int64_t task) { product.run(phase, task); });
 }
 
 }  // namespace codegemm::cpu

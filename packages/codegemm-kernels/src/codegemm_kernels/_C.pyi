@@ -7,7 +7,7 @@ def cpu_features() -> str:
     """The instruction set whose kernels are used: `avx512vbmi`, `avx2` or `portable`."""
 
 def limit_cpu_features(*, name: str) -> bool:
-    """Use a lesser instruction set, so that one machine tests all kernels; false if the processor has none of this name."""
+    """Use a lesser instruction set, to test all kernels on one machine; false if it has none of this name."""
 
 def gemm_cpu(
     *,
