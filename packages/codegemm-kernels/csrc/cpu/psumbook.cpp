@@ -154,20 +154,12 @@ class Product {
                            stretch_ * segment_bytes_, units_ + place, stretch_, scales, weight_.dtype, sums_ + n,
                            sum_stride_});
     }
-    if (step.start + step.count == segments_.count) {
-      with_type(weight_.dtype, [&](auto type) { write_outputs<decltype(type)>(step, n, rows); });
-    }
-  }
-
-  template <class T>
-  void write_outputs(const Step& step, int64_t first, int64_t rows) const {
-    const T* bias = static_cast<const T*>(call_.bias);
+    if (step.start + step.count < segments_.count) return;
+    const char* bias = static_cast<const char*>(call_.bias);
     for (int64_t i = 0; i < step.tokens; ++i) {
-      T* y = static_cast<T*>(call_.y) + (step.token + i) * weight_.out_features;
-      for (int64_t n = first; n < first + rows; ++n) {
-        const float sum = sums_[i * sum_stride_ + n];
-        y[n] = narrow<T>(bias == nullptr ? sum : sum + widen(bias[n]));
-      }
+      char* y = static_cast<char*>(call_.y) + ((step.token + i) * N + n) * element;
+      avx512::write_outputs(sums_ + i * sum_stride_ + n, bias == nullptr ? nullptr : bias + n * element, y,
+                            weight_.dtype, rows);
     }
   }
 

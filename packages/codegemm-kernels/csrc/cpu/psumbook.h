@@ -59,6 +59,8 @@ void gemm_by_psumbook(const Gemm& call, int threads);
 namespace avx512 {
 void build_tables(const SegmentTables& job);
 void add_lookups(const SegmentLookups& job);
+// y[0 .. rows) = sums + bias, rounded; bias may be null, sums is readable up to a multiple of kChunkRows rows.
+void write_outputs(const float* sums, const void* bias, void* y, DType dtype, int64_t rows);
 }  // namespace avx512
 
 }  // namespace codegemm::cpu

@@ -113,9 +113,10 @@ inline void transpose(const uint32_t* words, const __mmask16* rows, __m512i* out
   out[3 * out_stride] = _mm512_unpackhi_epi64(t2, t3);
 }
 
-inline __m512 load_scales(const void* scales, DType dtype, int64_t at, __mmask16 rows) {
-  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(rows, static_cast<const float*>(scales) + at);
-  const __m256i half = _mm256_maskz_loadu_epi16(rows, static_cast<const uint16_t*>(scales) + at);
+// Sixteen floats of a stored dtype, in fp32.
+inline __m512 load(const void* values, DType dtype, int64_t at, __mmask16 rows) {
+  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(rows, static_cast<const float*>(values) + at);
+  const __m256i half = _mm256_maskz_loadu_epi16(rows, static_cast<const uint16_t*>(values) + at);
   if (dtype == DType::kFloat16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
@@ -186,7 +187,7 @@ void flush(const SegmentLookups& job, const __m512i* digits, const __mmask16* ma
     combine<Planes>(digits + c * 2 * Planes, sum);
     for (int k = 0; k < 4; ++k) {
       const int at = 64 * c + 16 * k;
-      const __m512 scale = load_scales(job.scales, job.dtype, at, masks[4 * c + k]);
+      const __m512 scale = load(job.scales, job.dtype, at, masks[4 * c + k]);
       const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[k], offset)), unit);
       _mm512_storeu_ps(sums + at, _mm512_fmadd_ps(part, scale, _mm512_loadu_ps(sums + at)));
     }
@@ -248,6 +249,27 @@ void add_lookups(const SegmentLookups& job) {
     } else {
       flush<2>(job, digits + token * token_digits, masks, chunks, token);
     }
+  }
+}
+
+void write_outputs(const float* sums, const void* bias, void* y, DType dtype, int64_t rows) {
+  for (int64_t n = 0; n < rows; n += 16) {
+    const __mmask16 mask = rows - n >= 16 ? 0xffff : __mmask16((1 << (rows - n)) - 1);
+    __m512 value = _mm512_loadu_ps(sums + n);
+    if (bias != nullptr) value = _mm512_add_ps(value, load(bias, dtype, n, mask));
+    if (dtype == DType::kFloat32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(y) + n, mask, value);
+      continue;
+    }
+    __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+    if (dtype == DType::kBFloat16) {
+      const __m512i bits = _mm512_castps_si512(value);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      half = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0)));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + n, mask, half);
   }
 }
 
