@@ -60,7 +60,7 @@ void report(FILE* out, const Problem& q, const char* kernel, const std::string& 
 }
 
 template <int V, int kShare, int kSlots, int kQuads>
-void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent, int ablate) {
+void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
   const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kQuads>;
   constexpr int kThreads = kPsumbookThreads;
   for (int cluster : clusters_tried) {
@@ -73,9 +73,6 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
       if (clusters == 0) continue;
       p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), 16) * 16);
       PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, kQuads, cluster, stages);
-#ifdef CODEGEMM_ABLATE
-      layout.ablate = ablate;
-#endif
       config.shared_bytes = layout.bytes;
       if (config.shared_bytes > kSharedLimit - 2048) continue;
       const int fit = active_clusters(kernel, config);
@@ -88,10 +85,10 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
         bench::require(launch_kernel(kernel, config, stream, product, layout), "psumbook");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "slots %d quads %d | cluster %d stages %d ranges %d fit %d rows %d shared %d ablate %d%s",
-                    kSlots, cluster, stages, ranges, fit, p.rows_per_range, layout.bytes, ablate,
+      std::snprintf(plan, sizeof plan, "slots %d quads %d | cluster %d stages %d ranges %d fit %d rows %d shared %d%s",
+                    kSlots, kQuads, cluster, stages, ranges, fit, p.rows_per_range, layout.bytes,
                     dependent ? " pdl" : "");
-      report(out, q, ablate ? "ablated" : "psumbook", plan, us, stream_us);
+      report(out, q, "psumbook", plan, us, stream_us);
     }
   }
 }
@@ -144,14 +141,10 @@ double stream_time(const Data& d, const Problem& q) {
 template <int V, int kShare>
 void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
   for (bool dependent : {false, true}) {
-    time_psumbook<V, kShare, 2, 1>(out, d, q, stream, dependent, 0);
-    time_psumbook<V, kShare, 2, 2>(out, d, q, stream, dependent, 0);
-    time_psumbook<V, kShare, 4, 1>(out, d, q, stream, dependent, 0);
+    time_psumbook<V, kShare, 2, 1>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 2, 2>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 4, 1>(out, d, q, stream, dependent);
   }
-#ifdef CODEGEMM_ABLATE
-  if (q.columns == 4096)
-    for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2, 1>(out, d, q, stream, false, ablate);
-#endif
 }
 
 template <int V>
@@ -171,7 +164,7 @@ void profile(FILE* out, const Data& d) {
   Problem q = {28672, 4096, 1, 4, 128, 1};
   clusters_tried = {8};
   stages_tried = {4};
-  time_psumbook<4, 1, 2, 1>(out, d, q, 1, false, 0);
+  time_psumbook<4, 1, 2, 1>(out, d, q, 1, false);
   q.tokens = 8;
   clusters_tried = {1};
   k_warps_tried = {2};

@@ -25,7 +25,7 @@
 // The blocks of a cluster divide K, and so do k_warps warps of a block; sums are added through distributed shared
 // memory in the order of ranks and warps: bit-equal between runs. Without clusters (before sm_90) a block has all K.
 #pragma once
-#include "cluster.cuh"
+#include "cuda/ptx.cuh"
 #include "element.cuh"
 #include "product.h"
 #include "ring.cuh"
@@ -350,19 +350,11 @@ __device__ __forceinline__ void reduce_tokens(const Product& p, const float* sum
   const int end = int(min(int64_t(min(begin + share, p.rows_per_range)), last - first));
   for (int token = threadIdx.x / 32; token < p.tokens; token += blockDim.x / 32) {
     for (int i = begin + lane; i < end; i += 32) {
-      const uint32_t address = shared_address(sums + token * pitch + i);
-      float part[kMaxCluster];  // all loads first: their latency is paid once
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) part[r] = r < size ? load_from_rank(address, r) : 0.0f;
-      float sum = 0;
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) sum += part[r];
-      int s = 0;
-      while (s + 1 < p.segments && first + i >= p.segment[s + 1].first_row) ++s;
-      const Segment& segment = p.segment[s];
+      const float sum = sum_over_cluster(shared_address(sums + token * pitch + i), size);
+      const Segment& segment = segment_of(p, first + i);
       const int64_t n = first + i - segment.first_row;
-      if (segment.bias) sum += to_float(static_cast<const T*>(segment.bias)[n]);
-      static_cast<T*>(segment.y)[token * segment.out_features + n] = from_float<T>(sum);
+      const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
+      static_cast<T*>(segment.y)[token * segment.out_features + n] = from_float<T>(sum + bias);
     }
   }
 }
@@ -372,8 +364,8 @@ template <typename T, int V, int kTokens, bool kScaleSums, int kWarps>
 __global__ void __launch_bounds__((kWarps + kProducerWarps) * 32, 1)
     codebook_mma_kernel(const __grid_constant__ Product p, const __grid_constant__ MmaShape shape) {
   constexpr int kConsumers = kWarps * 32;
-  extern __shared__ __align__(1024) unsigned char mma_shared[];
-  __shared__ RingBarriers ring;
+  CODEGEMM_DYNAMIC_SHARED(mma_shared);
+  CODEGEMM_SHARED(RingBarriers, ring);
   float* sums = reinterpret_cast<float*>(mma_shared + shape.sums);
   const int lane = threadIdx.x % 32;
   const int warp = warp_index();
@@ -417,9 +409,7 @@ __global__ void __launch_bounds__((kWarps + kProducerWarps) * 32, 1)
     }
     cluster_sync();
     reduce_tokens<T>(p, sums, shape.share_rows, first, last);
-    announce_to_cluster();  // no block overwrites its sums, or leaves, while another reads them
-    wait_for_cluster();
-    if (!CODEGEMM_HAS_CLUSTERS) __syncthreads();
+    cluster_sync_relaxed();  // no block overwrites its sums, or leaves, while another reads them
   }
 }
 

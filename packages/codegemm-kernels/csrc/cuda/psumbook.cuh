@@ -19,12 +19,7 @@
 //
 // Cost of 32 lookups: 1 IDP.4A, 1 LDS, 1 FADD or FFMA, and a sixteenth of: an LDS.128 of codes, one of scales, 4 FCVT.
 #pragma once
-#ifdef CODEGEMM_ABLATE
-#define ABLATE(n) &&!(layout.ablate & n)
-#else
-#define ABLATE(n)
-#endif
-#include "cluster.cuh"
+#include "cuda/ptx.cuh"
 #include "element.cuh"
 #include "product.h"
 #include "ring.cuh"
@@ -241,42 +236,29 @@ __device__ __forceinline__ void fill_tables(const Chunk<kSlots>& chunk, unsigned
   }
 }
 
-// Sends every block of the cluster this block's sums of the rows it stores, then adds what came, in rank order.
+// Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows.
 template <typename T>
-__device__ __forceinline__ void reduce_and_store(const Product& p, const float* sums, float* received,
-                                                 uint64_t* received_barrier, int share, int64_t first, int64_t last) {
+__device__ __forceinline__ void reduce_and_store(const Product& p, const float* sums, int share, int64_t first,
+                                                 int64_t last) {
   const int rank = cluster_rank(), size = cluster_size();
-  const uint32_t mine = shared_address(received + rank * share), barrier = shared_address(received_barrier);
-  const int rows = int(last - first);
-  for (int i = threadIdx.x; i < share; i += blockDim.x)
-    for (int r = 0; r < size; ++r)
-      if (r * share + i < rows) send_to_rank(mine + i * 4, barrier, r, sums[r * share + i]);
-  wait(received_barrier, 0);
   for (int i = threadIdx.x; i < share; i += blockDim.x) {
     const int64_t row = first + rank * share + i;
     if (row >= last) break;
-    float sum = 0;
-#pragma unroll 8
-    for (int r = 0; r < size; ++r) sum += received[r * share + i];
-    int s = 0;
-    while (s + 1 < p.segments && row >= p.segment[s + 1].first_row) ++s;
-    const Segment& segment = p.segment[s];
+    const float sum = sum_over_cluster(shared_address(sums + rank * share + i), size);
+    const Segment& segment = segment_of(p, row);
     const int64_t n = row - segment.first_row;
-    if (segment.bias) sum += to_float(static_cast<const T*>(segment.bias)[n]);
-    static_cast<T*>(segment.y)[n] = from_float<T>(sum);
+    const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
+    static_cast<T*>(segment.y)[n] = from_float<T>(sum + bias);
   }
 }
 
 // Where things lie in dynamic shared memory after the tables, which start it.
 struct PsumbookLayout {
   int stages, stage_bytes;
-  int ring, sums, received, x, codebooks, bytes;  // offsets; the whole
+  int ring, sums, x, codebooks, bytes;  // offsets; the whole
   int share_rows;                       // rows of a range that each block of the cluster stores
   int share;                            // slots that share a scale stay in one block: a unit of `units`
   Shares units;
-#ifdef CODEGEMM_ABLATE
-  int ablate = 0;
-#endif
 };
 
 inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, int share, int slots, int quads,
@@ -297,8 +279,7 @@ inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, 
   layout.stage_bytes = slots * 8 * stage_pitch(quads) * 4 + groups * stage_rows(quads) * 2;
   layout.ring = slots * kSlotBytes;
   layout.sums = layout.ring + stages * layout.stage_bytes;
-  layout.received = layout.sums + (p.rows_per_range * 4 + 127) / 128 * 128;
-  layout.x = layout.received + (layout.share_rows * cluster * 4 + 127) / 128 * 128;
+  layout.x = layout.sums + (p.rows_per_range * 4 + 127) / 128 * 128;
   layout.codebooks = layout.x + (x_words * 8 * vector_length + 127) / 128 * 128;
   layout.bytes = layout.codebooks + p.num_codebooks * 512 * vector_length;
   return layout;
@@ -330,13 +311,13 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Psumboo
       scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * stage_rows(kQuads) * 2;
     }
     consumer_sync(kConsumerWarps * 32);  // x and codebooks are there; every warp has finished with the last table
-    if (true ABLATE(2)) fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
+    fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
                               p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
                               warp, lane);
     consumer_sync(kConsumerWarps * 32);
     for (int row = 0; row < rows; row += stage_rows(kQuads)) {
       wait(&ring.full[at.stage], at.phase);
-      if (row + warp * 16 * kQuads < rows ABLATE(1)) {
+      if (row + warp * 16 * kQuads < rows) {
         const uint32_t stage = at.stage * layout.stage_bytes;
         const float sum = sum_tile<T, kShare, kSlots, kQuads>(lookup, lane_codes + stage, lane_scales + stage,
                                                               chunk.slots, scale_row, lane);
@@ -362,9 +343,8 @@ template <typename T, int V, int kShare, int kSlots, int kQuads>
 __global__ void __launch_bounds__(kPsumbookThreads, 1)
     psumbook_kernel(const __grid_constant__ Product p, const __grid_constant__ PsumbookLayout layout) {
 #if CODEGEMM_HAS_CLUSTERS
-  extern __shared__ __align__(1024) unsigned char psumbook_shared[];
-  __shared__ RingBarriers ring;
-  __shared__ uint64_t received_barrier;
+  CODEGEMM_DYNAMIC_SHARED(psumbook_shared);
+  CODEGEMM_SHARED(RingBarriers, ring);
   float* sums = reinterpret_cast<float*>(psumbook_shared + layout.sums);
   uint32_t lane_id = threadIdx.x % 32;
   keep(lane_id);
@@ -372,14 +352,8 @@ __global__ void __launch_bounds__(kPsumbookThreads, 1)
   const int64_t first = int64_t(cluster_index()) * p.rows_per_range;
   const int64_t last = min(first + p.rows_per_range, p.total_rows);
   const int first_slot = layout.units.first(rank) * kShare, last_slot = layout.units.first(rank + 1) * kShare;
-  if (threadIdx.x == kConsumerWarps * 32) {
-    init_barrier(&received_barrier, 1);
-    init_ring(ring, layout.stages, kConsumerWarps);
-    const int stored = max(0, min(layout.share_rows, int(last - first) - rank * layout.share_rows));
-    expect_bytes(&received_barrier, stored * cluster_size() * 4);
-  }
+  if (threadIdx.x == kConsumerWarps * 32) init_ring(ring, layout.stages, kConsumerWarps);
   __syncthreads();
-  announce_to_cluster();
   allow_next_kernel();
 
   RingPlace at;
@@ -415,16 +389,9 @@ __global__ void __launch_bounds__(kPsumbookThreads, 1)
     multiply_segment<T, V, kShare, kSlots, kQuads>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared,
                                                    sums + (from - first), warp, lane);
   }
-#ifdef CODEGEMM_ABLATE
-  if (layout.ablate & 4) {
-    wait_for_cluster();
-    return;
-  }
-#endif
-  wait_for_cluster();
-  __syncthreads();  // the sums are complete
-  reduce_and_store<T>(p, sums, reinterpret_cast<float*>(psumbook_shared + layout.received), &received_barrier,
-                      layout.share_rows, first, last);
+  cluster_sync();
+  reduce_and_store<T>(p, sums, layout.share_rows, first, last);
+  cluster_sync_relaxed();  // no block leaves while another reads its sums
 #endif
 }
 

@@ -118,6 +118,19 @@ inline void finish_copy() {
   copy();
 }
 
+[[noreturn]] inline void report_deadlock(const Cluster& c, const std::vector<Thread*>& alive) {
+  for (const Block& b : c.blocks) {
+    std::fprintf(stderr, "block %d: %d of %d threads at __syncthreads, %d of %d consumers; cluster %d of %zu\n", b.rank,
+                 b.named[0].arrived, b.threads, b.named[1].arrived, b.named[1].expected, c.barrier.arrived, c.threads.size());
+    for (const auto& [place, barrier] : b.barriers)
+      std::fprintf(stderr, "  barrier at %ld: phase %llu, %d of %d arrived, %lld bytes missing\n",
+                   long(static_cast<const unsigned char*>(place) - b.shared), (unsigned long long)barrier.generation,
+                   barrier.arrived, barrier.expected, (long long)barrier.bytes);
+  }
+  std::fprintf(stderr, "%zu threads are alive\n", alive.size());
+  fail("deadlock");
+}
+
 inline void schedule(Cluster& c) {
   std::vector<Thread*> alive;
   for (Thread& t : c.threads) alive.push_back(&t);
@@ -134,22 +147,8 @@ inline void schedule(Cluster& c) {
       if (t == nullptr) continue;
     }
     alive.erase(std::remove(alive.begin(), alive.end(), nullptr), alive.end());
-    for (int i = c.random() % 4; i > 0 && !c.copies.empty(); --i) finish_copy();
-    if (!moved) {
-      if (c.copies.empty()) {
-        for (Thread* t : alive)
-          if (t->index % 32 == 0)
-            std::fprintf(stderr, "block %d warp %d waits, generation %llu\n", t->block->rank, t->index / 32,
-                         (unsigned long long)t->seen);
-        for (Block& b : c.blocks)
-          std::fprintf(stderr, "block %d: named 0 %d of %d gen %llu, named 1 %d of %d gen %llu, cluster %d of %d, alive %zu\n", b.rank,
-                       b.named[0].arrived, b.named[0].expected, (unsigned long long)b.named[0].generation,
-                       b.named[1].arrived, b.named[1].expected, (unsigned long long)b.named[1].generation,
-                       c.barrier.arrived, c.barrier.expected, alive.size());
-        fail("deadlock");
-      }
-      finish_copy();
-    }
+    if (!moved && c.copies.empty()) report_deadlock(c, alive);
+    for (int i = moved ? c.random() % 4 : 1; i > 0 && !c.copies.empty(); --i) finish_copy();
   }
   if (!c.copies.empty()) fail("a copy outlives its block");
 }

@@ -1,9 +1,15 @@
-// The few PTX instructions the fast kernels need: clusters, dependent launches, streaming loads, tensor cores.
+// The instructions of the fast kernels that C++ has no words for, one function each: clusters, barriers and copies in
+// shared memory, dependent launches, tensor cores. Kernels include this file as "cuda/ptx.cuh" so that the emulation of
+// tests/emulation, which runs the same kernel sources on a CPU, can put its own in front.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+// A block's dynamic shared memory as bytes, and one static variable there.
+#define CODEGEMM_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define CODEGEMM_SHARED(type, name) __shared__ type name
 
 namespace codegemm::cuda {
 
@@ -53,21 +59,6 @@ __device__ __forceinline__ int cluster_index() {
 // registers usable (a lookup is LDS [R+UR+imm]; without this each needs an addition of its own).
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, int(threadIdx.x / 32), 0); }
 
-// A block may touch another's shared memory only after every thread of that one has announced itself. Relaxed: no memory
-// is published, which would cost a fence over the whole GPU.
-__device__ __forceinline__ void announce_to_cluster() {
-  __syncwarp();
-#if CODEGEMM_HAS_CLUSTERS
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_cluster() {
-  __syncwarp();
-#if CODEGEMM_HAS_CLUSTERS
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
 // Barrier over the threads of a cluster that also makes their shared-memory writes visible to each other.
 __device__ __forceinline__ void cluster_sync() {
   __syncwarp();
@@ -78,16 +69,14 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// Sends a float to the same place of block `rank`, and its 4 bytes to the count of the barrier at the same place there:
-// the receiver waits for the bytes, and no barrier over the cluster is needed.
-__device__ __forceinline__ void send_to_rank(uint32_t address, uint32_t barrier, int rank, float value) {
+// The same without publishing memory, which costs a fence over the whole GPU: enough where a block only says that it has
+// read what it needs.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  __syncwarp();
 #if CODEGEMM_HAS_CLUSTERS
-  uint32_t remote, remote_barrier;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(barrier), "r"(rank));
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
-               "r"(__float_as_uint(value)), "r"(remote_barrier)
-               : "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
 #endif
 }
 
@@ -104,6 +93,84 @@ __device__ __forceinline__ float load_from_rank(uint32_t address, int rank) {
   return value;
 }
 
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+// After all barriers of a block have been initialised.
+__device__ __forceinline__ void fence_barriers() {
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Waits for the end of the phase of this parity. A fresh barrier counts as having ended a phase of parity 1.
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+  const uint32_t address = shared_address(barrier);
+  uint32_t done = 0;
+  while (!done) {
+#if CODEGEMM_HAS_CLUSTERS
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
+#endif
+  }
+}
+
+// One thread announces `bytes` that will arrive at the barrier, and arrives.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+// True in one lane of a converged warp, and known to the compiler to be.
+__device__ __forceinline__ bool elect_lane() {
+#if CODEGEMM_HAS_CLUSTERS
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
+// Copies a run of `bytes` (a multiple of 16, both addresses too) to shared memory; its arrival counts at the barrier.
+__device__ __forceinline__ void copy_bulk(uint32_t target, const unsigned char* source, int bytes, uint32_t barrier) {
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+
+// Before sm_90: copies 16 bytes a thread; arrive_after_copies arrives once all earlier ones of the thread have.
+__device__ __forceinline__ void copy_16(uint32_t target, const unsigned char* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Barrier over the consumer warps only.
+__device__ __forceinline__ void consumer_sync(int threads) {
+  __syncwarp();
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
 // Programmatic dependent launch: the next kernel of the stream may start its prologue; and: everything the previous
 // kernels wrote is visible from here on. Without the launch attribute both do nothing.
 __device__ __forceinline__ void allow_next_kernel() {
@@ -115,15 +182,6 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #if CODEGEMM_HAS_CLUSTERS
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-// 16 bytes that are read once: kept out of L1, fetched into L2 128 bytes at a time.
-__device__ __forceinline__ uint4 load_streaming(const uint4* source) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(source));
-  return value;
 }
 
 // Byte permutation: nibble i of `selector` picks byte i of the result from a (0..3) and b (4..7); +8 picks copies of
