@@ -47,6 +47,14 @@ def test_compare_writes_table_and_chart(monkeypatch, capsys, folder, text, tmp_p
     assert "perplexity" in err
 
 
+def test_a_chart_of_an_unknown_kind_is_refused_at_once(monkeypatch, capsys, folder, text, tmp_path):
+    options = ("--data", text, "--window", "32", "--chart", str(tmp_path / "chart.xyz"), "--device", "cpu")
+    status, _, err = run(monkeypatch, capsys, "compare", str(folder), *options)
+    assert status == 2
+    assert "must end in one of .png, .svg, .pdf" in err
+    assert "evaluating" not in err
+
+
 def test_bad_input_is_one_sentence_and_status_2(monkeypatch, capsys, folder, text, tmp_path):
     for arguments, message in (
         (("ppl", str(tmp_path / "nowhere"), "--data", text), "nowhere"),

@@ -55,3 +55,10 @@ def test_what_is_no_text_is_refused(tmp_path, tokenizer):
     broken.write_text('{"text": "a"}\n{"txt": 1}\n')
     with pytest.raises(BadInput, match=r"broken\.jsonl line 2"):
         calibration_windows(str(broken), tokenizer, 1, 8, seed=0)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, tokenizer):
+    path = tmp_path / "documents.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(BadInput, match=r"documents\.parquet is no readable parquet file"):
+        calibration_windows(str(path), tokenizer, 1, 8, seed=0)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from codegemm_kernels import BadInput
+from codegemm_kernels import BadInput, NumericalError
 from codegemm_runtime import generation, load_model, load_tokenizer
 from codegemm_runtime.generation import Chat, Sampling, generate_text
 
@@ -33,6 +33,13 @@ def test_streams_what_it_returns(loaded: Any) -> None:
     expected = checkpoint.dense.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert result.text == tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
     assert set(result.summary()) == {"text", "tokens", "seconds", "tokens_per_second", "time_to_first_token"}
+
+
+def test_no_text_is_made_of_nan(loaded: Any) -> None:
+    model, tokenizer, _ = loaded
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(NumericalError, match="logits are NaN"):
+        generate_text(model, tokenizer, "some text", 4)
 
 
 def test_sampling_follows_the_seed(loaded: Any) -> None:

@@ -14,6 +14,8 @@ from codegemm_kernels.errors import BadInput, run_command
 if TYPE_CHECKING:
     from codegemm_eval.perplexity import Perplexity
 
+CHART_SUFFIXES = (".png", ".svg", ".pdf")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -107,6 +109,8 @@ def run_compare(command: Compare) -> dict[str, Any]:
 
     if not command.folders:
         raise BadInput("nothing to compare: give one or more checkpoint folders")
+    if command.chart.suffix not in CHART_SUFFIXES:
+        raise BadInput(f"the chart {command.chart} must end in one of {', '.join(CHART_SUFFIXES)}")
     scores = []
     for folder in command.folders:
         print(f"evaluating {folder}", file=sys.stderr)

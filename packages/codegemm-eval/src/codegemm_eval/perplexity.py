@@ -68,8 +68,8 @@ def perplexity(
                         f"the loss in windows {bar.n + 1} to {last} is {total}: the weights hold NaN or inf, "
                         "or the dtype overflows; check the checkpoint or use float32"
                     )
+                bar.set_postfix(ppl=f"{_exp(total / predicted):.3f}", refresh=False)  # a refresh would ignore the delay
                 bar.update(len(batch))
-                bar.set_postfix(ppl=f"{_exp(total / predicted):.3f}")
     finally:
         model.train(was_training)
     nll = total / predicted

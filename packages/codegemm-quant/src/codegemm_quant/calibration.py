@@ -60,9 +60,15 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Iterator[str]:
+    import pyarrow
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    rows = load_dataset("parquet", data_files=str(path.resolve()), split="train")
+    try:
+        rows = load_dataset("parquet", data_files=str(path.resolve()), split="train")
+    except (pyarrow.ArrowException, DatasetGenerationError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path} is no readable parquet file ({reason}): write or download it again") from error
     if "text" not in rows.column_names:
         raise BadInput(f'{path} has no "text" column, only {", ".join(rows.column_names)}')
     return (str(row["text"]) for row in rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from codegemm_kernels import CheckpointMetadata
@@ -32,6 +33,7 @@ def export_checkpoint(
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     for tied in tied_names(model):
         state.pop(tied, None)
+    model.to(dtype)  # the dtype in the written config.json is the parameters', which were what blocks are run in
     model.config.dtype = dtype
     model.config.quantization_config = metadata.to_quantization_config()
     published = metadata.to_published_block(quantised)
@@ -43,6 +45,8 @@ def export_checkpoint(
         model.save_pretrained(building, state_dict=state)
         tokenizer.save_pretrained(building)
         building.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {out} ({error}): make room and continue with --resume") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -49,13 +49,19 @@ def load_dense(name: str) -> tuple[Any, Any]:
         raise BadInput(f"there is no folder {name}: give a model folder or a hub name such as owner/name")
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", use_safetensors=True, output_loading_info=True
+            name, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"{name} cannot be loaded as a causal language model: {reason}") from error
-    wrong = sorted(told["missing_keys"]) or sorted(str(key) for key in told["mismatched_keys"])
-    if wrong:
-        raise BadInput(f"{name} lacks {len(wrong)} of the model's tensors or has them in another shape: {wrong[0]}")
+    if missing := sorted(told["missing_keys"]):
+        raise BadInput(f"{name} lacks {len(missing)} of the model's tensors: {missing[0]}; get the model again")
+    for tensor, stored, wanted in sorted(told["mismatched_keys"]):
+        raise BadInput(
+            f"{name}: {tensor} has shape {list(stored)}, but config.json makes it {list(wanted)}; get the model again"
+        )
+    for tensor, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise BadInput(f"{name}: {tensor} holds values that are not finite (NaN or inf); get the model again")
     return model.eval(), tokenizer

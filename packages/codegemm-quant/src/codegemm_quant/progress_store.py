@@ -31,7 +31,10 @@ class ProgressStore:
             changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
             if changed:
                 told = ", ".join(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
-                raise BadInput(f"cannot resume the run in {folder}: {told}")
+                raise BadInput(
+                    f"cannot resume the run in {folder}: {told}; use the same settings, "
+                    "or delete the folder to start again"
+                )
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=2)))
@@ -66,5 +69,7 @@ def _write_whole(path: Path, write: Any) -> None:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path} ({error}): make room and continue with --resume") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,20 +72,24 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = Path(config.out)
-    if out.exists():
-        raise BadInput(f"{out} exists already: choose another --out or delete it")
+    _check_out(out)
     scheme = CodebookScheme.parse(config.scheme)
     device = choose_device(config.device)
     model, tokenizer = load_dense(config.model)
     _check_length(model, config.sequence_length)
     prefix, blocks = find_blocks(model)
+    chosen = 0
     for index, block in enumerate(blocks):
         for name, linear in find_linears(block, f"{prefix}.{index}", config.skip).items():
             scheme.check_matrix(linear.out_features, linear.in_features, f"{prefix}.{index}.{name}")
+            chosen += 1
+    if not chosen:
+        raise BadInput(f"{config.model}: every linear layer is skipped, so there is nothing to quantise")
     windows = calibration_windows(config.data, tokenizer, config.samples, config.sequence_length, config.seed)
     stored = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
     compute = compute_dtype(model.dtype, device)
-    store = ProgressStore.open(out.with_name(f"{out.name}.work"), config.settings(), resume=config.resume)
+    settings = config.settings() | {"text": sha256(windows.numpy().tobytes()).hexdigest()[:16]}
+    store = ProgressStore.open(out.with_name(f"{out.name}.work"), settings, resume=config.resume)
     with tqdm(total=0, desc="quantise", unit="step", dynamic_ncols=True) as progress, torch.no_grad(), _tensor_cores():
         fit = FitPlan(scheme, config.rounds, config.damping, stored)
         setting = _Setting(config, fit, device, compute, store, progress)
@@ -91,8 +97,6 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
         if config.model_epochs:
             tensors = _tune_whole(setting, model, prefix, tensors, quantised, windows)
     dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in set(quantised)]
-    if not quantised:
-        raise BadInput(f"{config.model}: every linear layer is skipped, so there is nothing to quantise")
     metadata = CheckpointMetadata(scheme, {}, tuple(dense))
     bits, weights = 0.0, 0
     for name in quantised:
@@ -119,6 +123,18 @@ def _tensor_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _check_out(out: Path) -> None:
+    """Raise BadInput when the checkpoint could not be written, before hours go into it."""
+    if out.exists():
+        raise BadInput(f"{out} exists already: choose another --out or delete it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write in {out.parent} ({error.strerror}): choose another --out") from error
 
 
 def _check_length(model: Any, sequence_length: int) -> None:
@@ -257,6 +273,7 @@ def _tune_whole(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     batches = [batch.to(device) for batch in windows.split(batch_size(len(windows)))]
+    progress.set_postfix(tuning="model", refresh=False)
     progress.reset(config.model_epochs * len(batches))
 
     def show(loss: float) -> None:

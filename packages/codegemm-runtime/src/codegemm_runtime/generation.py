@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from codegemm_kernels.errors import BadInput
+from codegemm_kernels.errors import BadInput, NumericalError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +82,23 @@ class _Stream(TextStreamer):
             self.write(text)
 
 
+class _FirstStepCheck(LogitsProcessor):
+    """Refuses to make text of NaN; the prompt's own step only, since reading a value back stalls a GPU."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Pass scores [batch, vocabulary] on as they are. Raises NumericalError for NaN."""
+        if not self.done and scores.isnan().any():
+            raise NumericalError(
+                "the model's logits are NaN: its weights hold NaN or inf, or its dtype overflows; "
+                "check the checkpoint or write it again"
+            )
+        self.done = True
+        return scores
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,7 +110,8 @@ def generate_text(
 ) -> Generation:
     """Continue `prompt` (text, or token ids [1, length]), handing pieces of text to `write` as they are finished.
 
-    Raises BadInput for an empty prompt or one that leaves no room in the model's context. Ctrl-C is passed on, or, with
+    Raises BadInput for an empty prompt or one that leaves no room in the model's context. NumericalError for NaN in the
+    first logits. Ctrl-C is passed on, or, with
     `keep_on_interrupt`, ends the generation with what there is.
     """
     if max_new_tokens < 1:
@@ -114,6 +132,7 @@ def generate_text(
             attention_mask=torch.ones_like(ids),
             generation_config=_generation_config(model, sampling, max_new_tokens),
             streamer=stream,
+            logits_processor=LogitsProcessorList([_FirstStepCheck()]),
         )
     except KeyboardInterrupt:
         if not keep_on_interrupt:
