@@ -13,8 +13,10 @@
 namespace codegemm::cpu {
 namespace {
 
-// Up to this many rows of x the psumbook beats torch's product with dequantised weights; ops.py goes that way beyond.
-constexpr int64_t kPsumbookTokens = 64;
+// Up to this many rows of x the psumbook wins: by byte shuffles over torch's product with dequantised weights, where
+// ops.py goes beyond, by scalar lookups over decoded tiles.
+constexpr int64_t kShuffleTokens = 64;
+constexpr int64_t kScalarTokens = 4;
 
 // A thread more for every so many codes decoded or looked up, about 10 us of work: waking a thread can take 50.
 constexpr int64_t kCodesPerThread = 1 << 17;
@@ -23,14 +25,16 @@ int useful_threads(int64_t codes, int threads) { return int(std::min<int64_t>(th
 
 int64_t codes_per_row(const Weight& weight) { return weight.in_features / weight.vector_length * weight.num_codebooks; }
 
-bool psumbook_applies([[maybe_unused]] const Gemm& call) {
-#if defined(__x86_64__)
+// The psumbook for a call, or null where decoded tiles are better.
+const PsumbookKernel* psumbook_for(const Gemm& call) {
   const Weight& weight = call.weight;
-  const int64_t group_vectors = weight.in_features / weight.vector_length / weight.num_groups;
-  return instruction_set() == InstructionSet::kAvx512Vbmi && call.rows <= kPsumbookTokens && group_vectors % 4 == 0;
-#else
-  return false;
+  if (weight.in_features / weight.vector_length / weight.num_groups % 4 != 0) return nullptr;  // words in two groups
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::kAvx512Vbmi) {
+    return call.rows <= kShuffleTokens ? &avx512::kPsumbook : nullptr;
+  }
 #endif
+  return call.rows <= kScalarTokens ? &portable::kPsumbook : nullptr;
 }
 
 auto* gemm_block() {
@@ -72,7 +76,7 @@ void gemm(const Gemm& call, int threads) {
   const Weight& weight = call.weight;
   if (call.rows == 0 || weight.out_features == 0) return;
   threads = useful_threads(weight.out_features * codes_per_row(weight) * call.rows, threads);
-  if (psumbook_applies(call)) return gemm_by_psumbook(call, threads);
+  if (const PsumbookKernel* kernel = psumbook_for(call)) return gemm_by_psumbook(call, *kernel, threads);
   const std::vector<float> codebooks = wide_codebooks(weight);
   for (int64_t token = 0; token < call.rows; token += kTokens) {
     const int tokens = int(std::min<int64_t>(kTokens, call.rows - token));

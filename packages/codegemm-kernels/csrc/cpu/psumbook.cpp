@@ -41,9 +41,9 @@ class Scratch {
 
 // A matrix cut into segments along K.
 struct Segments {
-  explicit Segments(const Weight& weight)
+  Segments(const Weight& weight, int max_lookups)
       : group_words(weight.in_features / (4 * weight.vector_length) / weight.num_groups),
-        words(std::min<int64_t>(group_words, std::max(1, kMaxLookups / 4 / weight.num_codebooks))),
+        words(std::min<int64_t>(group_words, std::max(1, max_lookups / 4 / weight.num_codebooks))),
         per_group((group_words + words - 1) / words),
         count(per_group * weight.num_groups) {}
 
@@ -54,14 +54,14 @@ struct Segments {
   int64_t group_words, words, per_group, count;
 };
 
-// Codebooks in fp32 as [m, v, 256], entries in table_order.
+// Codebooks in fp32 as [m, v, 256], entry e at place(e).
 template <class T>
-void arrange_codebooks(const Weight& weight, float* to) {
+void arrange_codebooks(const Weight& weight, int (*place)(int), float* to) {
   const T* from = static_cast<const T*>(weight.codebooks);
   const int v = weight.vector_length;
   for (int i = 0; i < weight.num_codebooks; ++i) {
     for (int e = 0; e < 256; ++e) {
-      float* column = to + i * v * 256 + table_order(e);
+      float* column = to + i * v * 256 + place(e);
       for (int t = 0; t < v; ++t) column[t * 256] = widen(from[(i * 256 + e) * v + t]);
     }
   }
@@ -79,13 +79,13 @@ void widen_inputs(const Gemm& call, float* to) {
 // them. A step is a stretch of K for up to kMaxTokens rows of x.
 class Product {
  public:
-  Product(const Gemm& call, int threads)
+  Product(const Gemm& call, const PsumbookKernel& kernel, int threads)
       : call_(call),
+        kernel_(kernel),
         weight_(call.weight),
-        segments_(call.weight),
-        planes_(call.weight.dtype == DType::kFloat32 ? 3 : 2),
+        segments_(call.weight, kernel.max_lookups),
         batch_(std::min<int64_t>(kMaxTokens, call.rows)),
-        segment_bytes_(segments_.words * weight_.num_codebooks * 4 * kMaxPlanes * 256),
+        segment_bytes_(segments_.words * weight_.num_codebooks * 4 * kernel.table_bytes),
         stretch_(std::max<int64_t>(1, std::min(segments_.count, kTableBytes / (segment_bytes_ * batch_)))),
         stretches_((segments_.count + stretch_ - 1) / stretch_),
         sum_stride_((weight_.out_features + kChunkRows - 1) / kChunkRows * kChunkRows) {
@@ -99,7 +99,7 @@ class Product {
     units_ = unit_memory.get<TableUnit>(stretch_ * batch_);
     sums_ = sum_memory.get<float>(sum_stride_ * batch_);
     with_type(weight_.dtype, [&](auto type) {
-      arrange_codebooks<decltype(type)>(weight_, codebooks_);
+      arrange_codebooks<decltype(type)>(weight_, kernel.place, codebooks_);
       widen_inputs<decltype(type)>(call, x_);
     });
   }
@@ -134,7 +134,7 @@ class Product {
     const int64_t token = task / step.count, place = task % step.count, segment = step.start + place;
     const int v = weight_.vector_length;
     const float* x = x_ + (step.token + token) * weight_.in_features + segments_.first_word(segment) * 4 * v;
-    avx512::build_tables({codebooks_, x, weight_.num_codebooks, v, segments_.length(segment), planes_,
+    kernel_.build_tables({codebooks_, x, weight_.num_codebooks, v, segments_.length(segment), weight_.dtype,
                           tables_ + (token * stretch_ + place) * segment_bytes_, units_ + token * stretch_ + place});
   }
 
@@ -149,7 +149,7 @@ class Product {
     for (int64_t place = 0; place < step.count; ++place) {
       const int64_t segment = step.start + place;
       const void* scales = static_cast<const char*>(weight_.scales) + (segments_.group(segment) * N + n) * element;
-      avx512::add_lookups({weight_.codes + segments_.first_word(segment) * N + n, N, plane, weight_.num_codebooks,
+      kernel_.add_lookups({weight_.codes + segments_.first_word(segment) * N + n, N, plane, weight_.num_codebooks,
                            segments_.length(segment), int(rows), int(step.tokens), tables_ + place * segment_bytes_,
                            stretch_ * segment_bytes_, units_ + place, stretch_, scales, weight_.dtype, sums_ + n,
                            sum_stride_});
@@ -158,15 +158,15 @@ class Product {
     const char* bias = static_cast<const char*>(call_.bias);
     for (int64_t i = 0; i < step.tokens; ++i) {
       char* y = static_cast<char*>(call_.y) + ((step.token + i) * N + n) * element;
-      avx512::write_outputs(sums_ + i * sum_stride_ + n, bias == nullptr ? nullptr : bias + n * element, y,
+      kernel_.write_outputs(sums_ + i * sum_stride_ + n, bias == nullptr ? nullptr : bias + n * element, y,
                             weight_.dtype, rows);
     }
   }
 
   const Gemm& call_;
+  const PsumbookKernel& kernel_;
   const Weight& weight_;
   const Segments segments_;
-  const int planes_;             // at least, of every table
   const int64_t batch_;          // rows of x in a step
   const int64_t segment_bytes_;  // room for the tables of a segment
   const int64_t stretch_;        // segments in a step
@@ -180,8 +180,8 @@ class Product {
 
 }  // namespace
 
-void gemm_by_psumbook(const Gemm& call, int threads) {
-  const Product product(call, threads);
+void gemm_by_psumbook(const Gemm& call, const PsumbookKernel& kernel, int threads) {
+  const Product product(call, kernel, threads);
   parallel_phases(
       product.phases(), threads, [&](int64_t phase) { return product.tasks(phase); },
       [&](int64_t phase, int64_t task) { product.run(phase, task); });

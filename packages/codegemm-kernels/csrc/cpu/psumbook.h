@@ -1,7 +1,5 @@
-// The psumbook product: tables of the dot products of an input vector with all 256 codebook entries, then one byte
-// lookup a code. Tables hold integers of 7-bit digits, one byte plane a digit, so that a byte shuffle looks up 64 codes
-// at once and two digits add up within a byte. Two planes (14 bits) serve fp16 and bf16, three (21 bits) fp32 and any
-// segment where one input stands out so far that 14 bits would leave the others too few.
+// The psumbook product: tables of the dot products of an input vector with all 256 codebook entries, then one lookup a
+// code. How it is cut up is in psumbook.cpp; here is what a processor has to bring.
 #pragma once
 #include <cstdint>
 
@@ -9,26 +7,26 @@
 
 namespace codegemm::cpu {
 
-constexpr int kMaxPlanes = 3;
-constexpr int kMaxLookups = 32;  // lookups of a row in a segment; with 7-bit digits 256 would overflow its sums
-constexpr int kChunkRows = 64;   // rows a byte shuffle looks up at once
+constexpr int kChunkRows = 64;  // sums are kept for whole chunks
 constexpr int kMaxBlockRows =
     1024;                      // rows of W handled together, so that a table serves many lookups once it is loaded
-constexpr int kMaxTokens = 4;  // rows of x handled together: with kMaxBlockRows their digit sums fill half of L1
+constexpr int kMaxTokens = 4;  // rows of x handled together: with kMaxBlockRows their sums fill half of the L1 cache
+
+// How to read the tables of a segment where they hold integers; see psumbook_avx512.cpp.
 struct TableUnit {
-  float unit;  // zero for inputs of zero, NaN where an entry is not finite
+  float unit;
   int planes;
 };
 
 // A segment is a run of words within one scale group.
 struct SegmentTables {
-  const float* codebooks;  // in fp32, [m, v, 256], entries in table_order
+  const float* codebooks;  // in fp32, [m, v, 256], entries in the kernel's order
   const float* x;          // the inputs of the segment, 4·words·v of them
   int num_codebooks;
   int vector_length;
   int words;
-  int planes;       // at least
-  uint8_t* tables;  // out: [words, m, 4, planes, 256]
+  DType dtype;      // of the call, for the precision of the tables
+  uint8_t* tables;  // out: one for each lookup of a row, [words, m, 4]
   TableUnit* unit;  // out
 };
 
@@ -40,7 +38,7 @@ struct SegmentLookups {
   int num_codebooks;
   int words;
   int rows;               // up to kMaxBlockRows
-  int tokens;             // rows, rounded up to kChunkRows, times tokens is up to kMaxBlockDigits
+  int tokens;             // up to kMaxTokens
   const uint8_t* tables;  // of the first token
   int64_t table_stride;   // bytes from token to token
   const TableUnit* units;
@@ -51,16 +49,25 @@ struct SegmentLookups {
   int64_t sum_stride;
 };
 
-// Where build_tables wants entry e of a codebook: packing 32-bit lanes to bytes interleaves within 128 bits.
-inline int table_order(int e) { return (e & ~63) | (e & 12) << 2 | (e & 48) >> 2 | (e & 3); }
+// The inner loops for a processor.
+struct PsumbookKernel {
+  void (*build_tables)(const SegmentTables& job);
+  void (*add_lookups)(const SegmentLookups& job);
+  // y[0 .. rows) = sums + bias, rounded; bias may be null, sums is readable up to a multiple of kChunkRows rows.
+  void (*write_outputs)(const float* sums, const void* bias, void* y, DType dtype, int64_t rows);
+  int (*place)(int entry);  // where build_tables wants an entry of a codebook
+  int table_bytes;          // room for a table
+  int max_lookups;          // lookups of a row in a segment
+};
 
-void gemm_by_psumbook(const Gemm& call, int threads);
+namespace portable {
+extern const PsumbookKernel kPsumbook;
+}
 
 namespace avx512 {
-void build_tables(const SegmentTables& job);
-void add_lookups(const SegmentLookups& job);
-// y[0 .. rows) = sums + bias, rounded; bias may be null, sums is readable up to a multiple of kChunkRows rows.
-void write_outputs(const float* sums, const void* bias, void* y, DType dtype, int64_t rows);
-}  // namespace avx512
+extern const PsumbookKernel kPsumbook;
+}
+
+void gemm_by_psumbook(const Gemm& call, const PsumbookKernel& kernel, int threads);
 
 }  // namespace codegemm::cpu

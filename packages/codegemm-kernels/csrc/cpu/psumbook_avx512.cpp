@@ -1,4 +1,10 @@
-// The two loops of the psumbook product for AVX-512 with VBMI. Nothing here may come from a header that other files
+// The psumbook product for AVX-512 with VBMI. Tables hold integers of 7-bit digits, one plane of bytes a digit, so that
+// a byte shuffle looks up 64 codes at once and two digits add up within a byte: entry = unit · (digits - half their
+// range). Two planes (14 bits) serve fp16 and bf16, three (21 bits) fp32 and any segment where one input stands out so
+// far that 14 bits would leave the others too few. A unit is zero for inputs of zero and NaN where an entry is not
+// finite.
+//
+// Nothing here may come from a header that other files
 // share by weak symbols: the linker could keep the AVX-512 version for all.
 #include "cpu/psumbook.h"
 
@@ -8,9 +14,11 @@
 namespace codegemm::cpu::avx512 {
 namespace {
 
+constexpr int kMaxPlanes = 3;
+constexpr int kMaxLookups = 32;  // of a row in a segment; 256 would overflow its sums
 constexpr int kMaxChunks = kMaxBlockRows / kChunkRows;
 
-// Bytes of the digits of 64 entries, from four registers of 16 entries each; see table_order.
+// Bytes of the digits of 64 entries, from four registers of 16 entries each; see place.
 template <int Planes>
 inline void store_digits(const __m512i* value, uint8_t* table) {
   const __m512i low = _mm512_set1_epi32(0x3fff), seven = _mm512_set1_epi16(127);
@@ -194,12 +202,10 @@ void flush(const SegmentLookups& job, const __m512i* digits, const __mmask16* ma
   }
 }
 
-}  // namespace
-
 void build_tables(const SegmentTables& job) {
   alignas(64) float sums[kMaxLookups][256];
   const uint32_t largest = dot_products(job, sums);
-  if (job.planes == 3 || has_outlier(job.x, job.words * 4 * job.vector_length)) {
+  if (job.dtype == DType::kFloat32 || has_outlier(job.x, job.words * 4 * job.vector_length)) {
     quantize<3>(job, sums, largest);
   } else {
     quantize<2>(job, sums, largest);
@@ -272,6 +278,13 @@ void write_outputs(const float* sums, const void* bias, void* y, DType dtype, in
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + n, mask, half);
   }
 }
+
+// Packing 32-bit lanes to bytes interleaves within 128 bits, so entries are laid out for it.
+int place(int e) { return (e & ~63) | (e & 12) << 2 | (e & 48) >> 2 | (e & 3); }
+
+}  // namespace
+
+const PsumbookKernel kPsumbook = {build_tables, add_lookups, write_outputs, place, kMaxPlanes * 256, kMaxLookups};
 
 }  // namespace codegemm::cpu::avx512
 #endif
