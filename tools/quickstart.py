@@ -31,7 +31,7 @@ class Quickstart:
     """cpu or cuda; the GPU if there is one."""
     out: Path = Path("runs/quickstart")
     """Folder for the checkpoint, the chart and the table."""
-    samples: int = 96
+    samples: int = 64
     """Calibration windows."""
     sequence_length: int = 512
     """Tokens of a calibration window."""
@@ -39,7 +39,7 @@ class Quickstart:
     """Passes of the tuning over the calibration windows."""
     window: int = 1024
     """Tokens of a perplexity window."""
-    windows: int = 30
+    windows: int = 20
     """At most this many perplexity windows."""
     prompt: str = "import unittest\n\n\nclass TestList(unittest.TestCase):\n    def test_"
     """What the quantised model continues."""
