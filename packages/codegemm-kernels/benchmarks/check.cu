@@ -132,7 +132,7 @@ bool check_dequantize(Case c, DType dtype, double bound) {
   cudaMemcpy(identity.data, one.data(), one.size() * sizeof(T), cudaMemcpyHostToDevice);
   const Weight weight = {codes.data, codebooks.data, scales.data, c.m, c.v, groups, c.rows, c.columns, dtype};
   Output<T> w(size_t(c.rows) * c.columns);
-  bench::require(cuda::dequantize({weight, w.data()}, 0, nullptr), "dequantize");
+  bench::require(cuda::dequantize({weight, w.data()}, 0, c.rows, 0, nullptr), "dequantize");
   const std::vector<T> rows_first = w.host();
   Output<T> transposed(w.count);  // row k of I Wᵀ is column k of W
   std::vector<T> columns_first(w.count);

@@ -1,8 +1,10 @@
 // The Python module `_C`: integers in, structs of codegemm.h out. Every check is done by ops.py, its only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "codegemm.h"
 #include "cpu/features.h"
@@ -69,12 +71,27 @@ void gemm_cuda(Address codes, Address codebooks, Address scales, int num_codeboo
 }
 
 void dequantize_cuda(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
-                     int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y, int device,
-                     Address stream) {
+                     int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y,
+                     int64_t first_row, int64_t rows, int device, Address stream) {
   check(codegemm::cuda::dequantize(
       {weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features, in_features, dtype),
        reinterpret_cast<void*>(y)},
-      device, reinterpret_cast<void*>(stream)));
+      first_row, rows, device, reinterpret_cast<void*>(stream)));
+}
+
+// Lists have one address a matrix; everything else is the same for all of them.
+void gemm_grouped_cuda(const std::vector<Address>& codes, const std::vector<Address>& codebooks,
+                       const std::vector<Address>& scales, const std::vector<Address>& biases,
+                       const std::vector<Address>& ys, const std::vector<int64_t>& out_features, int num_codebooks,
+                       int vector_length, int64_t num_groups, int64_t in_features, int dtype, Address x,
+                       int64_t x_row_stride, int64_t rows, int device, Address stream) {
+  std::vector<codegemm::Gemm> calls;
+  for (std::size_t i = 0; i < codes.size(); ++i)
+    calls.push_back(gemm_call(weight(codes.at(i), codebooks.at(i), scales.at(i), num_codebooks, vector_length,
+                                     num_groups, out_features.at(i), in_features, dtype),
+                              x, x_row_stride, biases.at(i), ys.at(i), rows));
+  check(codegemm::cuda::gemm_grouped(calls.data(), static_cast<int>(calls.size()), device,
+                                     reinterpret_cast<void*>(stream)));
 }
 #endif
 
@@ -99,7 +116,10 @@ PYBIND11_MODULE(_C, m) {
         arg("dtype"), arg("x"), arg("x_row_stride"), arg("bias"), arg("y"), arg("rows"), arg("device"), arg("stream"));
   m.def("dequantize_cuda", dequantize_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
         arg("num_codebooks"), arg("vector_length"), arg("num_groups"), arg("out_features"), arg("in_features"),
-        arg("dtype"), arg("y"), arg("device"), arg("stream"));
+        arg("dtype"), arg("y"), arg("first_row"), arg("rows"), arg("device"), arg("stream"));
+  m.def("gemm_grouped_cuda", gemm_grouped_cuda, release(), py::kw_only(), arg("codes"), arg("codebooks"), arg("scales"),
+        arg("biases"), arg("ys"), arg("out_features"), arg("num_codebooks"), arg("vector_length"), arg("num_groups"),
+        arg("in_features"), arg("dtype"), arg("x"), arg("x_row_stride"), arg("rows"), arg("device"), arg("stream"));
   m.attr("has_cuda") = true;
 #else
   m.attr("has_cuda") = false;

@@ -48,7 +48,8 @@ namespace cuda {
 // All launches go to `stream` of `device`; the caller's current device is left as it was. They return null, or a
 // description of the failure that stays valid for the life of the program.
 const char* gemm(const Gemm& call, int device, void* stream);
-const char* dequantize(const Dequantize& call, int device, void* stream);
+// Rows first_row .. first_row + rows - 1 of W, to the first rows of call.y.
+const char* dequantize(const Dequantize& call, int64_t first_row, int64_t rows, int device, void* stream);
 // The same as `count` calls of gemm; one launch if they have the same x, rows, scheme, K and dtype (q|k|v, gate|up).
 const char* gemm_grouped(const Gemm* calls, int count, int device, void* stream);
 }  // namespace cuda

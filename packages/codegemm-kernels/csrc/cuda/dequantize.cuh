@@ -19,9 +19,10 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
   T element[V];
 };
 
-// One block: rows 32*blockIdx.x .., every gridDim.y-th tile of words. y must be aligned to 16 bytes.
+// Rows [begin, end) of W to the first rows of y, which must be aligned to 16 bytes. One block: 32 rows, every
+// gridDim.y-th tile of words.
 template <typename T, int V>
-__global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const Dequantize call) {
+__global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const Dequantize call, int64_t begin, int64_t end) {
   using Entry = Vector<T, V>;
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   __shared__ uint32_t tile[kMaxCodebooks][kDequantizeWords][kDequantizeRows + 1];
@@ -35,11 +36,11 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const De
   for (int i = threadIdx.x; i < num_codebooks * 256 * V; i += kDequantizeThreads)
     reinterpret_cast<T*>(codebooks)[i] = source[i];
 
-  const int64_t first_row = int64_t(blockIdx.x) * kDequantizeRows;
+  const int64_t first_row = begin + int64_t(blockIdx.x) * kDequantizeRows;
   for (int64_t first_word = int64_t(blockIdx.y) * kDequantizeWords; first_word < words;
        first_word += int64_t(gridDim.y) * kDequantizeWords) {
     __syncthreads();  // the last tile has been read; the first time, nothing is needed
-    const bool inside = first_word + warp < words && first_row + lane < rows;
+    const bool inside = first_word + warp < words && first_row + lane < end;
     for (int i = 0; i < num_codebooks; ++i)
       tile[i][warp][lane] = inside ? weight.codes[(i * words + first_word + warp) * rows + first_row + lane] : 0;
     __syncthreads();
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const De
 #pragma unroll
     for (int r = warp; r < kDequantizeRows; r += kDequantizeThreads / 32) {
       const int64_t row = first_row + r;
-      if (row >= rows) break;
+      if (row >= end) break;
       float sum[V] = {};
       for (int i = 0; i < num_codebooks; ++i) {
         const uint32_t code = (tile[i][lane / 4][r] >> (8 * (lane % 4))) & 255;
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const De
       Entry out;
 #pragma unroll
       for (int e = 0; e < V; ++e) out.element[e] = from_float<T>(scale * sum[e]);
-      *reinterpret_cast<Entry*>(static_cast<T*>(call.y) + row * weight.in_features + vector * V) = out;
+      *reinterpret_cast<Entry*>(static_cast<T*>(call.y) + (row - begin) * weight.in_features + vector * V) = out;
     }
   }
 }

@@ -28,6 +28,8 @@ def run_command(command: Callable[[], Mapping[str, Any] | None], *, debug: bool 
     Returns the exit status: 0, 2 for BadInput, 1 for any other failure, 130 after Ctrl-C. Failures are one
     sentence on stderr; `debug` adds the traceback.
     """
+    if not debug:  # transformers' own many-line reports would bury the sentence; read when it is first imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         result = command()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The torch ops `codegemm::gemm` and `codegemm::dequantize`. The only importer of the compiled module.
+"""The torch ops `codegemm::gemm`, `gemm_grouped` and `dequantize`. The only importer of the compiled module.
 
 A call checks everything a kernel relies on, allocates the result and passes addresses: integers carry no types, so a
 mistake past this file would be a wild read. The default implementation, for devices without a kernel, is `reference`.
@@ -18,6 +18,9 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/codege
 _MAX_KERNEL_ROWS = 64
 _MIN_PANEL_FEATURES = 256  # below, the kernel is quicker than the calls to torch
 _PANEL_BYTES = 4 << 20
+# On a GPU the same from these row counts on: the tensor-core kernel takes up to 64 rows at a time, fp32 has none.
+_MAX_CUDA_ROWS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 8}
+_CUDA_PANEL_BYTES = 32 << 20  # stays in the L2 of an H200 (60 MB) between its two uses; at most half a matrix
 _NO_CUDA = (
     "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
     "CUDA_HOME set if nvcc is not on PATH), or move the model to the CPU"
@@ -152,21 +155,25 @@ def _gemm_by_panels(
 
 def _dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, first: int, last: int, rows: Tensor) -> None:
     """Write rows first .. last - 1 of W to the leading rows of `rows`; all tensors contiguous and checked."""
-    _C.dequantize_cpu(
-        codes=codes.data_ptr(),
-        codebooks=codebooks.data_ptr(),
-        scales=scales.data_ptr(),
-        num_codebooks=codebooks.shape[0],
-        vector_length=codebooks.shape[2],
-        num_groups=scales.shape[0],
-        out_features=scales.shape[1],
-        in_features=rows.shape[1],
-        dtype=_DTYPES[codebooks.dtype],
-        y=rows.data_ptr(),
-        first_row=first,
-        rows=last - first,
-        threads=torch.get_num_threads(),
-    )
+    integers = {
+        "codes": codes.data_ptr(),
+        "codebooks": codebooks.data_ptr(),
+        "scales": scales.data_ptr(),
+        "num_codebooks": codebooks.shape[0],
+        "vector_length": codebooks.shape[2],
+        "num_groups": scales.shape[0],
+        "out_features": scales.shape[1],
+        "in_features": rows.shape[1],
+        "dtype": _DTYPES[codebooks.dtype],
+        "y": rows.data_ptr(),
+        "first_row": first,
+        "rows": last - first,
+    }
+    if codes.is_cuda:
+        device = codes.get_device()
+        _C.dequantize_cuda(**integers, device=device, stream=torch._C._cuda_getCurrentRawStream(device))
+    else:
+        _C.dequantize_cpu(**integers, threads=torch.get_num_threads())
 
 
 def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -179,6 +186,9 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
         return y
     rows = _as_rows(x)
     codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    if rows.shape[0] > _MAX_CUDA_ROWS[x.dtype]:
+        _gemm_by_cuda_panels(rows, codes, codebooks, scales, bias, y.view(-1, N))
+        return y
     bias = None if bias is None else bias.contiguous()
     device = x.get_device()
     _C.gemm_cuda(
@@ -202,13 +212,89 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
     return y
 
 
+@torch.no_grad()
+def _gemm_by_cuda_panels(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
+) -> None:
+    """Fill y [M, N] panel by panel through one buffer: never more than half of the dense W exists."""
+    N, K = y.shape[1], x.shape[1]
+    rows = min(_CUDA_PANEL_BYTES // (K * x.element_size()), (N + 1) // 2)
+    step = max(rows // 128, 1) * 128
+    panel = x.new_empty((min(step, N), K))
+    for first in range(0, N, step):
+        last = min(first + step, N)
+        _dequantize_rows(codes, codebooks, scales, first, last, panel)
+        weight = panel[: last - first].t()
+        if bias is None:
+            torch.mm(x, weight, out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, weight, out=y[:, first:last])
+
+
+def _gemm_grouped(
+    x: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    _check_group(codes, codebooks, scales, biases)
+    return [gemm(x, *one) for one in zip(codes, codebooks, scales, biases, strict=True)]
+
+
+def _check_group(*lists: list[Tensor] | list[Tensor | None]) -> None:
+    if len({len(one) for one in lists}) != 1:
+        raise BadInput(f"a grouped product needs lists of one length, not {[len(one) for one in lists]}")
+
+
+def _gemm_grouped_cuda(
+    x: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    _check_group(codes, codebooks, scales, biases)
+    schemes = {(one.shape[0], one.shape[2]) for one in codebooks if one.dim() == 3}
+    rows = _as_rows(x)
+    small = 0 < rows.shape[0] <= _MAX_CUDA_ROWS.get(x.dtype, 0)
+    if not _C.has_cuda or not small or len(codes) < 2 or len(schemes) != 1 or len({len(one) for one in scales}) != 1:
+        return _gemm_grouped(x, codes, codebooks, scales, biases)
+    ys = []
+    for one in zip(codes, codebooks, scales, biases, strict=True):
+        N, K, num_groups = _check_weight(*one[:3])
+        _check_input(x, one[3], one[0], one[1], N, K)
+        ys.append(_new_output(x, N))
+    codes, codebooks, scales = ([t.contiguous() for t in tensors] for tensors in (codes, codebooks, scales))
+    biases = [None if t is None else t.contiguous() for t in biases]
+    device = x.get_device()
+    _C.gemm_grouped_cuda(
+        codes=[t.data_ptr() for t in codes],
+        codebooks=[t.data_ptr() for t in codebooks],
+        scales=[t.data_ptr() for t in scales],
+        biases=[0 if t is None else t.data_ptr() for t in biases],
+        ys=[t.data_ptr() for t in ys],
+        out_features=[t.shape[-1] for t in ys],
+        num_codebooks=codebooks[0].shape[0],
+        vector_length=codebooks[0].shape[2],
+        num_groups=num_groups,
+        in_features=K,
+        dtype=_DTYPES[x.dtype],
+        x=rows.data_ptr(),
+        x_row_stride=rows.stride(0),
+        rows=rows.shape[0],
+        device=device,
+        stream=torch._C._cuda_getCurrentRawStream(device),
+    )
+    return ys
+
+
+def _gemm_grouped_fake(
+    x: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    _check_group(codes, codebooks, scales, biases)
+    return [_gemm_fake(x, *one) for one in zip(codes, codebooks, scales, biases, strict=True)]
+
+
 def _gemm_fake(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     N, K, _ = _check_weight(codes, codebooks, scales)
     _check_input(x, bias, codes, codebooks, N, K)
     return _new_output(x, N)
 
 
-def _dequantize_cpu(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+def _dequantize_whole(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     N, K, _ = _check_weight(codes, codebooks, scales)
     y = codebooks.new_empty((N, K))
     if N:
@@ -219,27 +305,7 @@ def _dequantize_cpu(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
 def _dequantize_cuda(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     if not _C.has_cuda:
         raise BadInput(_NO_CUDA)
-    N, K, num_groups = _check_weight(codes, codebooks, scales)
-    y = codebooks.new_empty((N, K))
-    if N == 0:
-        return y
-    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
-    device = codes.get_device()
-    _C.dequantize_cuda(
-        codes=codes.data_ptr(),
-        codebooks=codebooks.data_ptr(),
-        scales=scales.data_ptr(),
-        num_codebooks=codebooks.shape[0],
-        vector_length=codebooks.shape[2],
-        num_groups=num_groups,
-        out_features=N,
-        in_features=K,
-        dtype=_DTYPES[codebooks.dtype],
-        y=y.data_ptr(),
-        device=device,
-        stream=torch._C._cuda_getCurrentRawStream(device),
-    )
-    return y
+    return _dequantize_whole(codes, codebooks, scales)
 
 
 def _dequantize_fake(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -253,14 +319,22 @@ _LIBRARY.define("dequantize(Tensor codes, Tensor codebooks, Tensor scales) -> Te
 _LIBRARY.impl("gemm", reference.gemm, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("gemm", _gemm_cpu, "CPU")
-_LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
+_LIBRARY.impl("dequantize", _dequantize_whole, "CPU")
 _LIBRARY.impl("gemm", _gemm_cuda, "CUDA")
 _LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
+_LIBRARY.define(
+    "gemm_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor?[] biases) -> Tensor[]"
+)
+_LIBRARY.impl("gemm_grouped", _gemm_grouped, "CompositeExplicitAutograd")
+_LIBRARY.impl("gemm_grouped", _gemm_grouped_cuda, "CUDA")
 torch.library.register_fake("codegemm::gemm", _gemm_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::dequantize", _dequantize_fake, lib=_LIBRARY)
+torch.library.register_fake("codegemm::gemm_grouped", _gemm_grouped_fake, lib=_LIBRARY)
 
 gemm = torch.ops.codegemm.gemm.default
 """`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]: one dtype throughout, sums in fp32."""
+gemm_grouped = torch.ops.codegemm.gemm_grouped.default
+"""`gemm` of one x with several matrices (q, k and v; gate and up), each with its own codebooks: one launch on a GPU."""
 dequantize = torch.ops.codegemm.dequantize.default
 """W [N, K] of a stored matrix, in the dtype of `codebooks`."""
 
