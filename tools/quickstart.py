@@ -75,6 +75,7 @@ def run(config: Quickstart) -> dict[str, Any]:
     dense = resolve_folder(model)
     checkpoint = config.out / f"{dense.resolve().name}-{config.scheme}"
     device = str(choose_device(config.device))
+    check_writable(config.out)
     measure = {"window": config.window, "windows": config.windows, "device": device}
 
     say(f"1/4 perplexity of {dense} on {device}")
@@ -138,11 +139,21 @@ def inputs(config: Quickstart) -> tuple[str, str, str]:
         return model, config.data, config.data
     text = read_text(config.data)
     cut = text.find("\n", int(len(text) * (1 - MEASURED_SHARE))) + 1 or len(text)
-    config.out.mkdir(parents=True, exist_ok=True)
+    check_writable(config.out)
     parts = (config.out / "calibration.txt", text[:cut]), (config.out / "validation.txt", text[cut:])
     for path, part in parts:
         path.write_text(part, encoding="utf-8")
     return model, str(parts[0][0]), str(parts[1][0])
+
+
+def check_writable(out: Path) -> None:
+    """Make the output folder, before any time is spent."""
+    from codegemm_kernels import BadInput
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {out} ({error.strerror}): choose another --out") from error
 
 
 def remove_previous(checkpoint: Path) -> None:

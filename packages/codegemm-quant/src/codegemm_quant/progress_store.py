@@ -22,9 +22,12 @@ class ProgressStore:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], *, resume: bool) -> ProgressStore:
-        """Start a run or continue one. Raises BadInput when there is work of other settings, or any without resume."""
+        """Start a run or continue one; a folder without a finished block is a fresh start.
+
+        Raises BadInput when there is work of other settings, or any without resume.
+        """
         path = folder / "settings.json"
-        if path.exists():
+        if path.exists() and any(folder.glob("block-*.safetensors")):
             if not resume:
                 raise BadInput(f"{folder} holds an interrupted run: continue it with --resume or delete the folder")
             before = json.loads(path.read_text())
