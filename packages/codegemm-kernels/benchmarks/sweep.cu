@@ -107,7 +107,8 @@ void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool
         if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, clusters, k_warps, steps_a_warp,
                             kSharedLimit - 2048))
           continue;
-        const LaunchConfig config = {shape.clusters * cluster, (kWarps + kProducerWarps) * 32, shape.bytes, cluster, dependent};
+        const LaunchConfig config = {shape.clusters * cluster, (kWarps + kProducerWarps) * 32, shape.bytes, cluster,
+                                     dependent};
         const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
           Gemm c = make_call(d, q, i);
           Product product = make_product(&c, 1);

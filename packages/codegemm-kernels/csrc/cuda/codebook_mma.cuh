@@ -12,12 +12,12 @@
 // Codes and scales arrive through a ring of stages (ring.cuh): a stage has rows of row_warps tiles, stage_steps steps
 // and all codebooks. A row of the box is 8 words longer than its rows, which makes the 16-byte reads conflict-free.
 //
-// The product is m16n8k16 with 16 tokens as rows and 8 weight rows as columns, so that the registers of a lookup are the
-// operand in order (the other way round costs four moves a product). A warp multiplies tiles of 32 weight rows. Lane
-// l = 4g + c reads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), looks up byte b, and row 4g + j becomes column g
-// of product j. That permutes K and the rows. The k order costs nothing, since x is laid out in shared memory as the A
-// operands are read, once a block; the row order is undone when sums are stored. Up to 8 tokens the lower half of an A
-// operand is zero and not stored.
+// The product is m16n8k16 with 16 tokens as rows and 8 weight rows as columns, so that the registers of a lookup are
+// the operand in order (the other way round costs four moves a product). A warp multiplies tiles of 32 weight rows.
+// Lane l = 4g + c reads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), looks up byte b, and row 4g + j becomes
+// column g of product j. That permutes K and the rows. The k order costs nothing, since x is laid out in shared memory
+// as the A operands are read, once a block; the row order is undone when sums are stored. Up to 8 tokens the lower half
+// of an A operand is zero and not stored.
 //
 // Scales multiply the fp32 sums of a step when the four words share a group (kScaleSums), and the weights before the
 // product otherwise, which rounds scale*weight to 16 bits as a dense fp16 weight would be.
@@ -127,7 +127,8 @@ __device__ __forceinline__ void stage_x(unsigned char* staged, const Product& p,
       if constexpr (kTokens == 8) {
         *reinterpret_cast<uint4*>(staged + ((step * kChunks + chunk) * 32 + lane) * 16) = value;
       } else {
-        unsigned char* first = staged + (((step * V + chunk * 2) * kTiles + token / 16) * 32 + lane) * 16 + token / 8 % 2 * 4;
+        unsigned char* first =
+            staged + (((step * V + chunk * 2) * kTiles + token / 16) * 32 + lane) * 16 + token / 8 % 2 * 4;
         *reinterpret_cast<uint32_t*>(first) = value.x;
         *reinterpret_cast<uint32_t*>(first + 8) = value.y;
         *reinterpret_cast<uint32_t*>(first + kTiles * 512) = value.z;
@@ -313,7 +314,8 @@ __device__ __forceinline__ void multiply_part(RingBarriers& ring, RingPlace& at,
     for (int step = part.first_step; step < part.last_step; step += shape.stage_steps) {
       const uint32_t stage = shared_address(shared + shape.ring) + at.stage * shape.stage_bytes;
       const uint32_t codes = lane_codes + at.stage * shape.stage_bytes;
-      const uint32_t scales = stage + p.num_codebooks * book_bytes + (tile + (kScaleSums ? lane % 4 * 8 : lane / 4 * 4)) * 2;
+      const uint32_t scales =
+          stage + p.num_codebooks * book_bytes + (tile + (kScaleSums ? lane % 4 * 8 : lane / 4 * 4)) * 2;
       const int first_group = step * 4 / p.words_per_group;
       wait(&ring.full[at.stage], at.phase);
       for (int s = k_warp; s < shape.stage_steps && row + tile < part.rows; s += shape.k_warps) {
@@ -323,10 +325,9 @@ __device__ __forceinline__ void multiply_part(RingBarriers& ring, RingPlace& at,
         const uint2 quad_scales = kScaleSums ? make_uint2(0, 0) : load_shared<uint2>(scale_place);
 #pragma unroll 1
         for (int i = 0; i < p.num_codebooks; ++i)
-          multiply_item<T, V, kTokens, !kScaleSums>(kScaleSums ? step_sum : total,
-                                                    load_shared<uint4>(codes + i * book_bytes + s * 16 * pitch),
-                                                    quad_scales, tables + i * kMmaTableBytes,
-                                                    x + (step + s - chunk_first) * (32 * V * kTokens));
+          multiply_item<T, V, kTokens, !kScaleSums>(
+              kScaleSums ? step_sum : total, load_shared<uint4>(codes + i * book_bytes + s * 16 * pitch), quad_scales,
+              tables + i * kMmaTableBytes, x + (step + s - chunk_first) * (32 * V * kTokens));
         if (kScaleSums) scale_sums<T, kTiles>(total, step_sum, load_shared<uint4>(scale_place));
       }
       __syncwarp();
@@ -398,13 +399,12 @@ __global__ void __launch_bounds__((kWarps + kProducerWarps) * 32, 1)
         }
         if (chunk != staged_step) {
           if (staged_step >= 0) consumer_sync(kConsumers);  // the warps have finished with the previous x
-          stage_x<T, V, kTokens>(mma_shared + shape.x, p, chunk, part.last_step,
-                                     kConsumers);
+          stage_x<T, V, kTokens>(mma_shared + shape.x, p, chunk, part.last_step, kConsumers);
           staged_step = chunk;
         }
         consumer_sync(kConsumers);
         multiply_part<T, V, kTokens, kScaleSums>(ring, at, mma_shared, p, shape, part, chunk, sums + (from - first),
-                                                     chunk != slice_first, kConsumers);
+                                                 chunk != slice_first, kConsumers);
       }
     }
     cluster_sync();

@@ -22,8 +22,8 @@ const char* launch(const Dequantize& call, int64_t first_row, int64_t rows, cons
   const int64_t row_blocks = ceil_div(rows, kDequantizeRows);
   const int64_t word_tiles = ceil_div(call.weight.in_features / (4 * V), kDequantizeWords);
   const int64_t strips = std::clamp<int64_t>(ceil_div(16 * limits.multiprocessors, row_blocks), 1, word_tiles);
-  kernel<<<dim3(row_blocks, std::min<int64_t>(strips, 65535)), kDequantizeThreads, shared, stream>>>(
-      call, first_row, first_row + rows);
+  kernel<<<dim3(row_blocks, std::min<int64_t>(strips, 65535)), kDequantizeThreads, shared, stream>>>(call, first_row,
+                                                                                                     first_row + rows);
   return launch_status();
 }
 

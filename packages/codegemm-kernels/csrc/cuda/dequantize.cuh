@@ -22,7 +22,8 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
 // Rows [begin, end) of W to the first rows of y, which must be aligned to 16 bytes. One block: 32 rows, every
 // gridDim.y-th tile of words.
 template <typename T, int V>
-__global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const Dequantize call, int64_t begin, int64_t end) {
+__global__ void __launch_bounds__(kDequantizeThreads)
+    dequantize_kernel(const Dequantize call, int64_t begin, int64_t end) {
   using Entry = Vector<T, V>;
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   __shared__ uint32_t tile[kMaxCodebooks][kDequantizeWords][kDequantizeRows + 1];

@@ -50,9 +50,7 @@ __device__ __forceinline__ int operator/(int n, const Divisor& divisor) {
 // K divided among the blocks of a cluster, in units: the first `extra` blocks have one more than `each`.
 struct Shares {
   int each, extra;
-  __host__ __device__ int first(int rank) const {
-    return rank * each + (rank < extra ? rank : extra);
-  }
+  __host__ __device__ int first(int rank) const { return rank * each + (rank < extra ? rank : extra); }
 };
 
 // The launch that computes `count` products of the same x, rows_per_range still to be chosen.

@@ -3,16 +3,16 @@
 // no arithmetic of its own, only one lookup a code.
 //
 // The table has one position a bank. Entry e of the 32 positions of a block is the 128 bytes at 128 e, position p at
-// bank p, and a warp's lookup always touches 32 different positions: lane l holds word w = l%8 (positions 4w .. 4w+3) of
-// rows 4q .. 4q+3, q = l/8, and in step r uses byte (r+q)%4. So no lookup ever has a bank conflict whatever the codes
-// are, and nothing is replicated. The address of a lookup, table + 128 code + 4 position, is one dp4a.
+// bank p, and a warp's lookup always touches 32 different positions: lane l holds word w = l%8 (positions 4w .. 4w+3)
+// of rows 4q .. 4q+3, q = l/8, and in step r uses byte (r+q)%4. So no lookup ever has a bank conflict whatever the
+// codes are, and nothing is replicated. The address of a lookup, table + 128 code + 4 position, is one dp4a.
 //
 // A slot is one codebook of one block of 32 positions. Tables are fp32 and filled by the tensor cores (exact products
 // of 16-bit numbers, fp32 sums), so the result differs from exact arithmetic by fp32 rounding and the rounding of y.
 //
-// Codes and scales arrive through a ring of stages (ring.cuh): kSlots slots x 256 or 512 rows, 16 or 32 rows for each of
-// 16 warps. A row of the box is 4 words longer than that, so that the 16-byte reads of a quarter warp, 8 words of the same
-// rows, are free of conflicts too.
+// Codes and scales arrive through a ring of stages (ring.cuh): kSlots slots x 256 or 512 rows, 16 or 32 rows for each
+// of 16 warps. A row of the box is 4 words longer than that, so that the 16-byte reads of a quarter warp, 8 words of
+// the same rows, are free of conflicts too.
 //
 // A cluster computes rows_per_range rows; its blocks divide K, each keeps its sums in shared memory, and at the end
 // they add each other's through distributed shared memory, in the order of their ranks: bit-equal between runs.
@@ -82,8 +82,8 @@ __device__ __forceinline__ void fill_table(unsigned char* slot, const PositionFr
   }
 }
 
-// How a lane looks up the four codes of a word: the byte it uses in each step, and the address of entry 0 of that byte's
-// position in the first slot.
+// How a lane looks up the four codes of a word: the byte it uses in each step, and the address of entry 0 of that
+// byte's position in the first slot.
 struct Lookup {
   uint32_t selector[4], position[4];
 
@@ -187,16 +187,16 @@ struct Runs {
     begin_fill(ring, at, count * row_bytes, producer, lane);
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
-      copy_runs(ring, at, stage + s * 8 * kPitch * 4, kPitch * 4, codes[s] + row * 4, rows * 4, words[s],
-                count * 4, producer, lane);
+      copy_runs(ring, at, stage + s * 8 * kPitch * 4, kPitch * 4, codes[s] + row * 4, rows * 4, words[s], count * 4,
+                producer, lane);
     copy_runs(ring, at, stage + kSlots * 8 * kPitch * 4, stage_rows(kQuads) * 2, scales + row * 2, rows * 2, groups,
               count * 2, producer, lane);
     end_fill(ring, at);
   }
 };
 
-// Sums of the warp's 16 * kQuads rows over the slots of a stage. codes and scales: shared-memory addresses of the lane's
-// first quad; scale_row[s]: how far on the scales of slot s lie.
+// Sums of the warp's 16 * kQuads rows over the slots of a stage. codes and scales: shared-memory addresses of the
+// lane's first quad; scale_row[s]: how far on the scales of slot s lie.
 template <typename T, int kShare, int kSlots, int kQuads>
 __device__ __forceinline__ float sum_tile(const Lookup& lookup, uint32_t codes, uint32_t scales, int slots,
                                           const int (&scale_row)[kSlots / kShare], int lane) {
@@ -231,8 +231,8 @@ __device__ __forceinline__ void fill_tables(const Chunk<kSlots>& chunk, unsigned
   for (int entry_tile = warp; entry_tile < 32; entry_tile += kConsumerWarps) {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
-      fill_table<T, V>(table + s * kSlotBytes, fragments[s],
-                       codebooks + chunk.codebook[s] * (256 * V), entry_tile, lane);
+      fill_table<T, V>(table + s * kSlotBytes, fragments[s], codebooks + chunk.codebook[s] * (256 * V), entry_tile,
+                       lane);
   }
 }
 
@@ -294,13 +294,12 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Psumboo
   const int first_block = first_slot / p.codebooks;
   const int column = warp * 16 * kQuads + lane / 8 * 4;  // of the lane's first quad in a stage
   uint32_t lane_codes = shared_address(shared + layout.ring) + (lane % 8 * stage_pitch(kQuads) + column) * 4;
-  uint32_t lane_scales =
-      shared_address(shared + layout.ring) + kSlots * 8 * stage_pitch(kQuads) * 4 + column * 2;
+  uint32_t lane_scales = shared_address(shared + layout.ring) + kSlots * 8 * stage_pitch(kQuads) * 4 + column * 2;
   keep(lane_codes);
   keep(lane_scales);
   // The row that reduce_rows leaves in this lane; with one quad odd lanes have a copy that they do not store.
-  const int out = warp * 16 * kQuads + (kQuads == 2 ? lane % 8 / 4 * 16 + lane / 8 * 4 + lane % 4
-                                                    : lane / 8 * 4 + lane / 2 % 4);
+  const int out =
+      warp * 16 * kQuads + (kQuads == 2 ? lane % 8 / 4 * 16 + lane / 8 * 4 + lane % 4 : lane / 8 * 4 + lane / 2 % 4);
   const bool stores = kQuads == 2 || lane % 2 == 0;
   for (int slot = first_slot; slot < last_slot; slot += kSlots) {
     const Chunk<kSlots> chunk(p, slot, last_slot);

@@ -69,8 +69,8 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// The same without publishing memory, which costs a fence over the whole GPU: enough where a block only says that it has
-// read what it needs.
+// The same without publishing memory, which costs a fence over the whole GPU: enough where a block only says that it
+// has read what it needs.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   __syncwarp();
 #if CODEGEMM_HAS_CLUSTERS
@@ -130,10 +130,10 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
 // One thread announces `bytes` that will arrive at the barrier, and arrives.
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
 #if CODEGEMM_HAS_CLUSTERS
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 

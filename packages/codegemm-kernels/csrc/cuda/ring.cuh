@@ -47,8 +47,8 @@ __device__ __forceinline__ void begin_fill(RingBarriers& ring, const RingPlace& 
 
 // Copies `runs` runs of `bytes` bytes (a multiple of 16): run i from source + i*source_step to target + i*target_step;
 // each producer warp every kProducerWarps-th of them. One lane issues the bulk copies, chosen by elect.sync: under
-// `lane == 0` or with a run a lane the compiler wraps each copy in a loop over lanes, 140 cycles a copy, which alone held
-// the kernels at 1.4 to 1.6 TB/s.
+// `lane == 0` or with a run a lane the compiler wraps each copy in a loop over lanes, 140 cycles a copy, which alone
+// held the kernels at 1.4 to 1.6 TB/s.
 __device__ __forceinline__ void copy_runs(RingBarriers& ring, const RingPlace& at, unsigned char* target,
                                           int target_step, const unsigned char* source, int64_t source_step, int runs,
                                           int bytes, int producer, int lane) {

@@ -121,7 +121,8 @@ inline void finish_copy() {
 [[noreturn]] inline void report_deadlock(const Cluster& c, const std::vector<Thread*>& alive) {
   for (const Block& b : c.blocks) {
     std::fprintf(stderr, "block %d: %d of %d threads at __syncthreads, %d of %d consumers; cluster %d of %zu\n", b.rank,
-                 b.named[0].arrived, b.threads, b.named[1].arrived, b.named[1].expected, c.barrier.arrived, c.threads.size());
+                 b.named[0].arrived, b.threads, b.named[1].arrived, b.named[1].expected, c.barrier.arrived,
+                 c.threads.size());
     for (const auto& [place, barrier] : b.barriers)
       std::fprintf(stderr, "  barrier at %ld: phase %llu, %d of %d arrived, %lld bytes missing\n",
                    long(static_cast<const unsigned char*>(place) - b.shared), (unsigned long long)barrier.generation,
@@ -174,7 +175,8 @@ inline void launch(int blocks, int threads, int cluster_size, int shared_bytes, 
       const size_t bytes = kStaticBytes + shared_bytes + kRedZone + 1024;
       block.memory.reset(new unsigned char[bytes]);
       std::memset(block.memory.get(), 0xff, bytes);  // NaN in every type
-      block.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.memory.get()) + 1023) / 1024 * 1024);
+      block.shared =
+          reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.memory.get()) + 1023) / 1024 * 1024);
       block.warps.resize((threads + 31) / 32);
       for (int t = 0; t < threads; ++t) {
         Thread& thread = c.threads[size_t(rank) * threads + t];

@@ -15,7 +15,8 @@
 #define threadIdx (emulation::Index{emulation::current->index})
 #define blockIdx (emulation::Index{emulation::current->block->index})
 #define blockDim (emulation::Index{emulation::current->block->threads})
-#define CODEGEMM_DYNAMIC_SHARED(name) unsigned char* const name = emulation::current->block->shared + emulation::kStaticBytes
+#define CODEGEMM_DYNAMIC_SHARED(name) \
+  unsigned char* const name = emulation::current->block->shared + emulation::kStaticBytes
 #define CODEGEMM_SHARED(type, name) type& name = *reinterpret_cast<type*>(emulation::current->block->shared)
 
 namespace emulation {
@@ -59,7 +60,8 @@ constexpr int kMaxCluster = 16;
 
 inline uint32_t shared_address(const void* pointer) {
   const emulation::Block& block = *emulation::current->block;
-  return uint32_t(block.rank) << 24 | uint32_t(static_cast<const unsigned char*>(pointer) - block.shared + emulation::kSharedBase);
+  return uint32_t(block.rank) << 24 |
+         uint32_t(static_cast<const unsigned char*>(pointer) - block.shared + emulation::kSharedBase);
 }
 inline int cluster_rank() { return emulation::current->block->rank; }
 inline int cluster_size() { return emulation::cluster->size; }
