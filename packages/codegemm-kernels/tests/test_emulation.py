@@ -35,8 +35,8 @@ MODES = [1, 0] if HEADERS and COMPILER else []
 def test_emulated_kernels_are_exact(tmp_path: Path, clusters: int) -> None:
     """No case fails with clusters and bulk copies (sm_90), nor with cp.async alone (sm_80)."""
     program = tmp_path / "emulated"
-    flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", f"-DCODEGEMM_HAS_CLUSTERS={clusters}"]
+    flags = ["-std=c++17", "-O0", "-fno-strict-aliasing", f"-DCODEGEMM_HAS_CLUSTERS={clusters}"]
     includes = [f"-I{HERE}", f"-I{CSRC}", f"-isystem{HEADERS}"]
     subprocess.run([str(COMPILER), *flags, *includes, str(HERE / "run.cpp"), "-o", str(program)], check=True)
-    result = subprocess.run([str(program), "24", "3"], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run([str(program), "10", "3"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -105,7 +105,7 @@ int check(int number, DType dtype, double bound) {
   c.v = pick({4, 8, 16});
   c.tokens = pick({1, 1, 1, 2, 5, 8, 11, 16, 20, 40});
   const int group_words = pick({1, 2, 4, 8}), count = pick({1, 1, 2});
-  c.groups = pick({1, 2, 3, 5});
+  c.groups = pick({1, 2, 3, 5, 13});
   c.columns = c.groups * group_words * 4 * c.v;
   const std::vector<T> x = floats<T>(size_t(c.tokens) * c.columns, 0.1f, 1.0f);
   std::vector<Matrix<T>> matrices(count);
