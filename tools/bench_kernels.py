@@ -114,8 +114,9 @@ def time_scheme(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Rows of one matrix in one scheme, one a batch size."""
-    from codegemm_kernels import CodebookScheme, ops, reference
     from read_kernel import read_all
+
+    from codegemm_kernels import CodebookScheme, ops, reference
 
     scheme = CodebookScheme.parse(scheme_text)
     dtype = getattr(torch, config.dtype)
