@@ -61,7 +61,8 @@ template <typename T, int V, int kTokens, bool kScaleSums, int kWarps>
 bool run_mma(Product p, unsigned seed) {
   const int cluster = CODEGEMM_HAS_CLUSTERS ? pick({1, 2, 4}) : 1, k_warps = pick({1, 2, 4});
   MmaShape shape;
-  if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, pick({1, 2}), k_warps, pick({1, 2}), 220 * 1024)) return false;
+  if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, pick({1, 2}), k_warps, pick({1, 2}), 220 * 1024))
+    return false;
   shape.stages = std::min(shape.stages, pick({2, 3, 8}));
   emulation::launch(shape.clusters * cluster, (kWarps + kProducerWarps) * 32, cluster, shape.bytes, seed,
                     !CODEGEMM_HAS_CLUSTERS, [&] { codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>(p, shape); });
@@ -119,8 +120,13 @@ int check(int number, DType dtype, double bound) {
     w.scales = floats<T>(size_t(c.groups) * w.rows, 0.02f, 0.005f);
     w.bias = floats<T>(w.rows, 0, 1);
     w.y.resize(size_t(c.tokens) * w.rows + guard);
-    calls.push_back({{w.codes.data(), w.codebooks.data(), w.scales.data(), c.m, c.v, c.groups, w.rows, c.columns, dtype},
-                     x.data(), c.columns, w.bias.data(), w.y.data(), c.tokens});
+    calls.push_back(
+        {{w.codes.data(), w.codebooks.data(), w.scales.data(), c.m, c.v, c.groups, w.rows, c.columns, dtype},
+         x.data(),
+         c.columns,
+         w.bias.data(),
+         w.y.data(),
+         c.tokens});
   }
   const Product p = make_product(calls.data(), count);
   const int kernel = pick({0, 0, 1, 2});
@@ -130,7 +136,9 @@ int check(int number, DType dtype, double bound) {
     for (Matrix<T>& w : matrices) std::memset(static_cast<void*>(w.y.data()), 0xff, w.y.size() * sizeof(T));
     generator.seed(plan);
     const unsigned seed = 1000 * number + repeat;
-    const bool ran = c.v == 4 ? run<T, 4>(p, kernel, seed) : c.v == 8 ? run<T, 8>(p, kernel, seed) : run<T, 16>(p, kernel, seed);
+    const bool ran = c.v == 4   ? run<T, 4>(p, kernel, seed)
+                     : c.v == 8 ? run<T, 8>(p, kernel, seed)
+                                : run<T, 16>(p, kernel, seed);
     if (!ran) return 0;
     for (size_t i = 0; i < matrices.size(); ++i) {
       Matrix<T>& w = matrices[i];
@@ -157,7 +165,8 @@ int main(int argc, char** argv) {
   int failures = 0;
   for (int i = 0; i < cases; ++i) {
     generator.seed(seed * 100000 + i);
-    failures += generator() % 2 ? check<__half>(i, DType::kFloat16, 1.2e-3) : check<__nv_bfloat16>(i, DType::kBFloat16, 9e-3);
+    failures +=
+        generator() % 2 ? check<__half>(i, DType::kFloat16, 1.2e-3) : check<__nv_bfloat16>(i, DType::kBFloat16, 9e-3);
   }
   std::printf("%d of %d cases failed\n", failures, cases);
   return failures != 0;
