@@ -33,9 +33,12 @@ const char* launch(const Product& product, int device, cudaStream_t stream) {
     while (k_warps < 8 && kMmaTileRows * kWarps / (2 * k_warps) >= rows) k_warps *= 2;
     Product candidate = product;
     MmaShape candidate_shape;
-    if (!make_mma_shape(candidate_shape, candidate, V, kTokens, kWarps, cluster, clusters, k_warps,
-                        product.num_codebooks == 1 ? 2 : 1, limits.shared_bytes - kReservedShared))
-      continue;
+    bool fits = false;
+    for (; !fits && k_warps > 0; k_warps /= 2)  // fewer warps in K: smaller pieces of x and of codes
+      for (int steps_a_warp = product.num_codebooks == 1 ? 2 : 1; !fits && steps_a_warp > 0; --steps_a_warp)
+        fits = make_mma_shape(candidate_shape, candidate, V, kTokens, kWarps, cluster, clusters, k_warps, steps_a_warp,
+                              limits.shared_bytes - kReservedShared);
+    if (!fits) continue;
     planned = candidate;
     shape = candidate_shape;
     chosen = cluster;

@@ -64,9 +64,12 @@ inline bool make_mma_shape(MmaShape& shape, Product& p, int vector_length, int t
   const int groups = (shape.stage_steps * 4 - 1) / int(p.words_per_group.value) + 2;
   shape.stage_bytes = p.num_codebooks * shape.stage_steps * 16 * (shape.stage_rows + 8) + groups * shape.stage_rows * 2;
   const int room = shared_bytes - tables - 2 * shape.stage_bytes;
+  const int x_room = room - column_bytes * (kMmaTileRows + 4);  // with the sums of one tile
   shape.chunk_steps = slice;
-  if (slice * x_bytes > room - column_bytes * (kMmaTileRows + 4))
+  if (slice * x_bytes > x_room) {
     shape.chunk_steps = room / 2 / x_bytes / shape.stage_steps * shape.stage_steps;
+    if (shape.chunk_steps == 0 && shape.stage_steps * x_bytes <= x_room) shape.chunk_steps = shape.stage_steps;
+  }
   if (room < 0 || (shape.chunk_steps < 1 && slice > 0)) return false;
   const int64_t even = round_up((p.total_rows + clusters - 1) / clusters, kMmaTileRows);
   const int64_t most = ((room - shape.chunk_steps * x_bytes) / column_bytes - 4) / kMmaTileRows * kMmaTileRows;

@@ -43,7 +43,10 @@ bool share_input(const Gemm& a, const Gemm& b) {
 
 // Calls that one launch can compute: fast ones, up to kMmaTokens tokens at a time.
 const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
-  if (calls[0].rows == 1 && device_limits(device).capability >= 90) return psumbook_gemm(calls, count, device, stream);
+  if (calls[0].rows == 1 && device_limits(device).capability >= 90) {
+    const char* error = psumbook_gemm(calls, count, device, stream);
+    if (error != kDoesNotFit) return error;
+  }
   const int64_t element = 2, rows = calls[0].rows;
   for (int64_t token = 0; token < rows; token += kMmaTokens) {
     Gemm slice[kMaxSegments];

@@ -10,6 +10,7 @@ using namespace codegemm::cuda;
 namespace {
 
 std::mt19937 generator;
+int chunked = 0, many_ranges = 0;  // launches whose x does not fit at once; whose clusters compute several ranges
 int pick(std::initializer_list<int> values) { return values.begin()[generator() % values.size()]; }
 
 template <typename T>
@@ -61,9 +62,12 @@ template <typename T, int V, int kTokens, bool kScaleSums, int kWarps>
 bool run_mma(Product p, unsigned seed) {
   const int cluster = CODEGEMM_HAS_CLUSTERS ? pick({1, 2, 4}) : 1, k_warps = pick({1, 2, 4});
   MmaShape shape;
-  if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, pick({1, 2}), k_warps, pick({1, 2}), 220 * 1024))
+  if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, pick({1, 2}), k_warps, pick({1, 2}),
+                      pick({60, 80, 100, 130, 220}) * 1024))
     return false;
   shape.stages = std::min(shape.stages, pick({2, 3, 8}));
+  chunked += shape.chunk_steps < shape.steps.each;
+  many_ranges += shape.num_ranges > shape.clusters;
   emulation::launch(shape.clusters * cluster, (kWarps + kProducerWarps) * 32, cluster, shape.bytes, seed,
                     !CODEGEMM_HAS_CLUSTERS, [&] { codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>(p, shape); });
   return true;
@@ -168,6 +172,7 @@ int main(int argc, char** argv) {
     failures +=
         generator() % 2 ? check<__half>(i, DType::kFloat16, 1.2e-3) : check<__nv_bfloat16>(i, DType::kBFloat16, 9e-3);
   }
-  std::printf("%d of %d cases failed\n", failures, cases);
+  std::printf("%d of %d cases failed (%d launches in chunks of K, %d with several ranges a cluster)\n", failures, cases,
+              chunked, many_ranges);
   return failures != 0;
 }
