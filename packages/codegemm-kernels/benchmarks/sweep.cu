@@ -16,6 +16,7 @@ namespace {
 
 constexpr size_t kPoolBytes = size_t(1) << 30;
 constexpr int kSharedLimit = 227 * 1024;
+std::vector<int> clusters_tried = {1, 2, 4, 8, 16}, k_warps_tried = {1, 2, 4, 8}, stages_tried = {2, 4, 8};
 using T = __half;
 
 struct Data {
@@ -58,22 +59,20 @@ void report(FILE* out, const Problem& q, const char* kernel, const std::string& 
   std::fflush(out);
 }
 
-template <int V, int kShare, int kSlots>
-void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent, int ablate) {
-  const auto kernel = psumbook_kernel<T, V, kShare, kSlots>;
-  constexpr int kThreads = kConsumerWarps * 32 + 32;
-  for (int cluster : {2, 4, 8, 16}) {
-    for (int stages : {2, 4, 8}) {
+template <int V, int kShare, int kSlots, int kQuads>
+void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
+  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kQuads>;
+  constexpr int kThreads = kPsumbookThreads;
+  for (int cluster : clusters_tried) {
+    if (cluster < 2) continue;
+    for (int stages : stages_tried) {
       Gemm call = make_call(d, q, 0);
       Product p = make_product(&call, 1);
       LaunchConfig config = {0, kThreads, 200 * 1024, cluster, dependent};
       const int clusters = active_clusters(kernel, config);
       if (clusters == 0) continue;
       p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), 16) * 16);
-      PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, cluster, stages);
-#ifdef CODEGEMM_ABLATE
-      layout.ablate = ablate;
-#endif
+      PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, kQuads, cluster, stages);
       config.shared_bytes = layout.bytes;
       if (config.shared_bytes > kSharedLimit - 2048) continue;
       const int fit = active_clusters(kernel, config);
@@ -86,29 +85,30 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
         bench::require(launch_kernel(kernel, config, stream, product, layout), "psumbook");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "slots %d | cluster %d stages %d ranges %d fit %d rows %d shared %d ablate %d%s",
-                    kSlots, cluster, stages, ranges, fit, p.rows_per_range, layout.bytes, ablate,
+      std::snprintf(plan, sizeof plan, "slots %d quads %d | cluster %d stages %d ranges %d fit %d rows %d shared %d%s",
+                    kSlots, kQuads, cluster, stages, ranges, fit, p.rows_per_range, layout.bytes,
                     dependent ? " pdl" : "");
-      report(out, q, ablate ? "ablated" : "psumbook", plan, us, stream_us);
+      report(out, q, "psumbook", plan, us, stream_us);
     }
   }
 }
 
-template <int V, int kTokenTiles, bool kScaleSums, int kWarps>
+template <int V, int kTokens, bool kScaleSums, int kWarps>
 void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
-  const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kWarps>;
-  for (int cluster : {1, 2, 4, 8, 16}) {
+  const auto kernel = codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>;
+  for (int cluster : clusters_tried) {
     const int clusters =
-        cluster == 1 ? 132 : active_clusters(kernel, {0, kWarps * 32 + 32, 220 * 1024, cluster, false});
-    for (int k_warps : {1, 2, 4, 8}) {
+        cluster == 1 ? 132 : active_clusters(kernel, {0, (kWarps + kProducerWarps) * 32, 220 * 1024, cluster, false});
+    for (int k_warps : k_warps_tried) {
       for (int steps_a_warp : {1, 2}) {
         Gemm call = make_call(d, q, 0);
         Product p = make_product(&call, 1);
         MmaShape shape;
-        if (!make_mma_shape(shape, p, V, kTokenTiles, kWarps, cluster, clusters, k_warps, steps_a_warp,
+        if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, clusters, k_warps, steps_a_warp,
                             kSharedLimit - 2048))
           continue;
-        const LaunchConfig config = {shape.clusters * cluster, kWarps * 32 + 32, shape.bytes, cluster, dependent};
+        const LaunchConfig config = {shape.clusters * cluster, (kWarps + kProducerWarps) * 32, shape.bytes, cluster,
+                                     dependent};
         const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
           Gemm c = make_call(d, q, i);
           Product product = make_product(&c, 1);
@@ -118,8 +118,8 @@ void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool
         char plan[200];
         std::snprintf(
             plan, sizeof plan,
-            "tiles %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d%s",
-            kTokenTiles, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
+            "tokens %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d%s",
+            kTokens, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
             shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range,
             dependent ? " pdl" : "");
         report(out, q, "mma", plan, us, stream_us);
@@ -142,28 +142,34 @@ double stream_time(const Data& d, const Problem& q) {
 template <int V, int kShare>
 void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
   for (bool dependent : {false, true}) {
-    time_psumbook<V, kShare, 2>(out, d, q, stream, dependent, 0);
-    time_psumbook<V, kShare, 4>(out, d, q, stream, dependent, 0);
+    time_psumbook<V, kShare, 2, 1>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 2, 2>(out, d, q, stream, dependent);
+    time_psumbook<V, kShare, 4, 1>(out, d, q, stream, dependent);
   }
-#ifdef CODEGEMM_ABLATE
-  if (q.columns == 4096)
-    for (int ablate : {1, 2, 3, 4, 7}) time_psumbook<V, kShare, 2>(out, d, q, stream, false, ablate);
-#endif
 }
 
 template <int V>
 void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
-  time_mma<V, 1, true, 16>(out, d, q, stream, true);
   q.tokens = 8;
-  time_mma<V, 1, true, 16>(out, d, q, stream, false);
-  time_mma<V, 1, false, 16>(out, d, q, stream, false);
+  time_mma<V, 8, true, 16>(out, d, q, stream, false);
   q.tokens = 16;
-  time_mma<V, 2, true, 16>(out, d, q, stream, false);
+  time_mma<V, 16, true, 16>(out, d, q, stream, false);
   q.tokens = 32;
-  time_mma<V, 4, false, 16>(out, d, q, stream, false);
-  time_mma<V, 4, false, 8>(out, d, q, stream, false);
+  time_mma<V, 32, false, 8>(out, d, q, stream, false);
   q.tokens = 64;
-  time_mma<V, 8, false, 8>(out, d, q, stream, false);
+  time_mma<V, 64, false, 8>(out, d, q, stream, false);
+}
+
+// One plan of each kernel, to be run under a profiler.
+void profile(FILE* out, const Data& d) {
+  Problem q = {28672, 4096, 1, 4, 128, 1};
+  clusters_tried = {8};
+  stages_tried = {4};
+  time_psumbook<4, 1, 2, 1>(out, d, q, 1, false);
+  q.tokens = 8;
+  clusters_tried = {1};
+  k_warps_tried = {2};
+  time_mma<4, 8, true, 16>(out, d, q, 1, false);
 }
 
 }  // namespace
@@ -177,6 +183,10 @@ int main(int argc, char** argv) {
   bench::fill_floats<T><<<1024, 256>>>(d.scales.data, d.scales.count, 3, 0.02f, 0.005f);
   bench::fill_floats<T><<<1024, 256>>>(d.x.data, d.x.count, 4, 0.0f, 1.0f);
   bench::require(cudaDeviceSynchronize(), "random data");
+  if (argc > 2 && std::string(argv[2]) == "profile") {
+    profile(out, d);
+    return 0;
+  }
   const int shapes[][2] = {{28672, 4096}, {4096, 4096}, {4096, 14336}, {57344, 8192},
                            {8192, 28672}, {6144, 4096}, {8192, 8192},  {10240, 8192}};
   for (const auto& s : shapes) {

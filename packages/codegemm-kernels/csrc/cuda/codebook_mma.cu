@@ -10,38 +10,56 @@
 namespace codegemm::cuda {
 namespace {
 
-template <typename T, int V, int kTokenTiles, bool kScaleSums>
-const char* launch(Product product, int device, cudaStream_t stream) {
-  constexpr int kWarps = kTokenTiles < 4 ? 16 : 8, kThreads = kWarps * 32 + 32;
-  const auto kernel = codebook_mma_kernel<T, V, kTokenTiles, kScaleSums, kWarps>;
+// x that a block keeps at once, bytes: with more than 16 tokens the sums need the room.
+constexpr int most_x_bytes(int tokens) { return (tokens <= 16 ? 116 : 64) * 1024; }
+
+// The smallest cluster whose blocks hold their share of x, and have 64 rows each as long as a larger one exists; then
+// as many warps side by side in K as leave one row tile a warp (docs/log.md, "CUDA kernels", third and fourth sweep).
+template <typename T, int V, int kTokens, bool kScaleSums>
+const char* launch(const Product& product, int device, cudaStream_t stream) {
+  constexpr int kWarps = kTokens < 32 ? 16 : 8, kThreads = (kWarps + kProducerWarps) * 32;
+  const auto kernel = codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>;
   const DeviceLimits& limits = device_limits(device);
   const bool has_clusters = limits.capability >= 90;
+  const int64_t steps = ceil_div(product.words, 4);
+  Product planned;
   MmaShape shape;
-  // The smallest cluster that leaves each warp column of 128 rows work on every multiprocessor, and x in one piece.
-  for (int cluster = has_clusters ? 16 : 1; cluster > 0; cluster /= 2) {
+  int chosen = 0;
+  for (int cluster = 1; cluster <= (has_clusters ? kMaxCluster : 1) && cluster <= steps; cluster *= 2) {
     const int clusters = resident_clusters(kernel, kThreads, device, cluster);
-    if (clusters < 1 || (product.words + 3) / 4 < cluster) continue;
-    if (cluster > 1 && product.total_rows >= int64_t(128) * clusters * 2) continue;
-    if (!make_mma_shape(shape, product, V, kTokenTiles, kWarps, cluster, clusters, kWarps / 4, 1,
-                        limits.shared_bytes - kReservedShared))
-      continue;
-    const LaunchConfig config = {shape.clusters * cluster, kThreads, shape.bytes, cluster, has_clusters};
-    return launch_kernel(kernel, config, stream, product, shape);
+    if (clusters < 1) continue;
+    const int64_t rows = ceil_div(ceil_div(product.total_rows, clusters), kMmaTileRows) * kMmaTileRows;
+    int k_warps = 1;
+    while (k_warps < 8 && kMmaTileRows * kWarps / (2 * k_warps) >= rows) k_warps *= 2;
+    Product candidate = product;
+    MmaShape candidate_shape;
+    bool fits = false;
+    for (; !fits && k_warps > 0; k_warps /= 2)  // fewer warps in K: smaller pieces of x and of codes
+      for (int steps_a_warp = product.num_codebooks == 1 ? 2 : 1; !fits && steps_a_warp > 0; --steps_a_warp)
+        fits = make_mma_shape(candidate_shape, candidate, V, kTokens, kWarps, cluster, clusters, k_warps, steps_a_warp,
+                              limits.shared_bytes - kReservedShared);
+    if (!fits) continue;
+    planned = candidate;
+    shape = candidate_shape;
+    chosen = cluster;
+    if (ceil_div(steps, cluster) * (32 * V * kTokens) <= most_x_bytes(kTokens) && (rows >= 64 || cluster > 1)) break;
   }
-  return kDoesNotFit;
+  if (chosen == 0) return kDoesNotFit;
+  const LaunchConfig config = {shape.clusters * chosen, kThreads, shape.bytes, chosen, has_clusters};
+  return launch_kernel(kernel, config, stream, planned, shape);
 }
 
 template <typename T, int V>
 const char* launch_tokens(const Product& product, int device, cudaStream_t stream) {
   const bool step_has_one_scale = product.words_per_group.value % 4 == 0;
   if (product.tokens <= 8)
-    return step_has_one_scale ? launch<T, V, 1, true>(product, device, stream)
-                              : launch<T, V, 1, false>(product, device, stream);
+    return step_has_one_scale ? launch<T, V, 8, true>(product, device, stream)
+                              : launch<T, V, 8, false>(product, device, stream);
   if (product.tokens <= 16)
-    return step_has_one_scale ? launch<T, V, 2, true>(product, device, stream)
-                              : launch<T, V, 2, false>(product, device, stream);
-  if (product.tokens <= 32) return launch<T, V, 4, false>(product, device, stream);
-  return launch<T, V, 8, false>(product, device, stream);
+    return step_has_one_scale ? launch<T, V, 16, true>(product, device, stream)
+                              : launch<T, V, 16, false>(product, device, stream);
+  if (product.tokens <= 32) return launch<T, V, 32, false>(product, device, stream);
+  return launch<T, V, 64, false>(product, device, stream);
 }
 
 template <typename T>

@@ -1,21 +1,23 @@
 // 1 to 64 tokens: y = x Wᵀ with weights that go from a shared-memory codebook straight into tensor-core operands.
 //
 // Every lane looks codes up in a copy of the codebook that lies in its own banks, so lookups have no bank conflicts
-// whatever the codes are. A copy of entry e of codebook i is in the 128 bytes at e*256 + (i%2)*128, of table i/2:
+// whatever the codes are. The copies of an entry are the 128 bytes at 128 e of its codebook's table of 32 KB:
 //
-//     v =  4   16 copies of  8 bytes                                  one lookup = 2 registers of an A operand
-//     v =  8    8 copies of 16 bytes                                  one lookup = 4 registers, 2 steps of k16
-//     v = 16    4 copies of elements 0..7, 4 copies of elements 8..15 one lookup = 2 loads, 4 steps of k16
+//     v =  4   16 copies of  8 bytes                                  one lookup = the B operand of one k16 step
+//     v =  8    8 copies of 16 bytes                                  one lookup = two steps
+//     v = 16    4 copies of elements 0..7, 4 copies of elements 8..15 one lookup = two loads, four steps
 //
-// The address of a lookup is one byte permutation: code in byte 1, the lane's copy in byte 0.
+// The address of a lookup, table + 128 code + 16 copy, is one dp4a.
 //
 // Codes and scales arrive through a ring of stages (ring.cuh): a stage has rows of row_warps tiles, stage_steps steps
 // and all codebooks. A row of the box is 8 words longer than its rows, which makes the 16-byte reads conflict-free.
 //
-// A warp multiplies tiles of 32 rows. Lane l = 4g + c reads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), and
-// byte b of the words is one (v = 4), two or four k16 steps of two m16n8k16 tiles: rows 4g, 4g+1 are the rows g, g+8
-// of the first tile, rows 4g+2, 4g+3 of the second. That permutes K and the rows. The k order costs nothing, since x
-// is laid out in shared memory as the B operands are read, once a block; the row order is undone when sums are stored.
+// The product is m16n8k16 with 16 tokens as rows and 8 weight rows as columns, so that the registers of a lookup are
+// the operand in order (the other way round costs four moves a product). A warp multiplies tiles of 32 weight rows.
+// Lane l = 4g + c reads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), looks up byte b, and row 4g + j becomes
+// column g of product j. That permutes K and the rows. The k order costs nothing, since x is laid out in shared memory
+// as the A operands are read, once a block; the row order is undone when sums are stored. Up to 8 tokens the lower half
+// of an A operand is zero and not stored.
 //
 // Scales multiply the fp32 sums of a step when the four words share a group (kScaleSums), and the weights before the
 // product otherwise, which rounds scale*weight to 16 bits as a dense fp16 weight would be.
@@ -23,7 +25,7 @@
 // The blocks of a cluster divide K, and so do k_warps warps of a block; sums are added through distributed shared
 // memory in the order of ranks and warps: bit-equal between runs. Without clusters (before sm_90) a block has all K.
 #pragma once
-#include "cluster.cuh"
+#include "cuda/ptx.cuh"
 #include "element.cuh"
 #include "product.h"
 #include "ring.cuh"
@@ -31,10 +33,10 @@
 namespace codegemm::cuda {
 
 constexpr int kMmaTileRows = 32;
-constexpr int kMmaTableBytes = 64 * 1024;
+constexpr int kMmaTableBytes = 256 * 128;  // of a codebook
 
 // How a launch divides K, rows and shared memory; chosen by the launcher. A block has the codebook tables at the start
-// of its dynamic shared memory, then the ring, x of chunk_steps steps, and 8*kTokenTiles x (rows_per_range + 4) sums.
+// of its dynamic shared memory, then the ring, x of chunk_steps steps, and kTokens x (rows_per_range + 4) sums.
 struct MmaShape {
   int k_warps;      // warps that divide the steps of a stage; the others divide its rows
   int stage_rows;   // 32 a warp in the direction of rows
@@ -50,21 +52,24 @@ struct MmaShape {
 
 // Divides a launch for clusters of `cluster` blocks, `clusters` of them at once, and sets p.rows_per_range. False if
 // `shared_bytes` do not suffice for two stages, one step of x and one tile of sums.
-inline bool make_mma_shape(MmaShape& shape, Product& p, int vector_length, int token_tiles, int warps, int cluster,
+inline bool make_mma_shape(MmaShape& shape, Product& p, int vector_length, int tokens, int warps, int cluster,
                            int clusters, int k_warps, int steps_a_warp, int shared_bytes) {
   const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
   const int steps = (p.words + 3) / 4, slice = (steps + cluster - 1) / cluster;
-  const int x_bytes = vector_length / 2 * token_tiles * 512, column_bytes = 8 * token_tiles * 4;
-  const int tables = (p.num_codebooks + 1) / 2 * kMmaTableBytes;
+  const int x_bytes = 32 * vector_length * tokens, column_bytes = 4 * tokens;
+  const int tables = p.num_codebooks * kMmaTableBytes;
   shape.k_warps = k_warps;
   shape.stage_rows = kMmaTileRows * (warps / k_warps);
   shape.stage_steps = k_warps * steps_a_warp;
   const int groups = (shape.stage_steps * 4 - 1) / int(p.words_per_group.value) + 2;
   shape.stage_bytes = p.num_codebooks * shape.stage_steps * 16 * (shape.stage_rows + 8) + groups * shape.stage_rows * 2;
   const int room = shared_bytes - tables - 2 * shape.stage_bytes;
+  const int x_room = room - column_bytes * (kMmaTileRows + 4);  // with the sums of one tile
   shape.chunk_steps = slice;
-  if (slice * x_bytes > room - column_bytes * (kMmaTileRows + 4))
+  if (slice * x_bytes > x_room) {
     shape.chunk_steps = room / 2 / x_bytes / shape.stage_steps * shape.stage_steps;
+    if (shape.chunk_steps == 0 && shape.stage_steps * x_bytes <= x_room) shape.chunk_steps = shape.stage_steps;
+  }
   if (room < 0 || (shape.chunk_steps < 1 && slice > 0)) return false;
   const int64_t even = round_up((p.total_rows + clusters - 1) / clusters, kMmaTileRows);
   const int64_t most = ((room - shape.chunk_steps * x_bytes) / column_bytes - 4) / kMmaTileRows * kMmaTileRows;
@@ -89,9 +94,10 @@ inline bool make_mma_shape(MmaShape& shape, Product& p, int vector_length, int t
 template <typename T, int V>
 __device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* codebooks, int num_codebooks,
                                                int consumers) {
+#pragma unroll 4
   for (int i = threadIdx.x; i < num_codebooks * 256 * 8; i += consumers) {
-    const int codebook = i / 2048, entry = i / 8 % 256, chunk = i % 8;
-    const T* source = codebooks + (codebook * 256 + entry) * V;
+    const int entry = i / 8, chunk = i % 8;
+    const T* source = codebooks + entry * V;
     uint4 value;
     if constexpr (V == 4) {
       const uint2 half = *reinterpret_cast<const uint2*>(source);
@@ -99,34 +105,54 @@ __device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* c
     } else {
       value = *reinterpret_cast<const uint4*>(source + (V == 16 ? chunk / 4 * 8 : 0));
     }
-    *reinterpret_cast<uint4*>(tables + codebook / 2 * kMmaTableBytes + entry * 256 + codebook % 2 * 128 + chunk * 16) =
-        value;
+    *reinterpret_cast<uint4*>(tables + entry * 128 + chunk * 16) = value;
   }
 }
 
-// Lays x of steps [first_step, last_step) out as B operands: 16 bytes for lane 4*token + c hold 8 elements of a word.
-template <typename T, int V, int kTokenTiles>
-__device__ __forceinline__ void stage_x(uint4* staged, const Product& p, int first_step, int last_step, int consumers) {
-  constexpr int kChunks = V / 2;  // 8-element chunks of a word
+// Lays x of steps [first_step, last_step) out as A operands, zero beyond the tokens and words there are. Of 8 elements
+// of a word lane 4*(token%8) + c gets two k16 steps, each 4 bytes of its low and 4 of its high k.
+template <typename T, int V, int kTokens>
+__device__ __forceinline__ void stage_x(unsigned char* staged, const Product& p, int first_step, int last_step,
+                                        int consumers) {
+  constexpr int kChunks = V / 2, kTiles = (kTokens + 15) / 16;  // 8-element chunks of a word; tiles of tokens
   const int chunks = (last_step - first_step) * 4 * kChunks;
-  for (int token = 0; token < 8 * kTokenTiles; ++token) {
-    const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride + int64_t(first_step) * 16 * V;
-    for (int i = threadIdx.x; i < chunks; i += consumers) {
-      const int step = i / (4 * kChunks), c = i / kChunks % 4;
-      int chunk = i % kChunks;
-      if (V == 16) chunk ^= c / 2;  // lanes c = 2, 3 take the upper half of an entry first
-      const bool inside = token < p.tokens && (first_step + step) * 4 + c < p.words;
-      staged[((step * kChunks + chunk) * kTokenTiles + token / 8) * 32 + token % 8 * 4 + c] =
-          inside ? *reinterpret_cast<const uint4*>(x + i * 8) : make_uint4(0, 0, 0, 0);
+  const T* x = static_cast<const T*>(p.x) + int64_t(first_step) * 16 * V;
+  for (int i = threadIdx.x; i < chunks; i += consumers) {
+    const int step = i / (4 * kChunks), c = i / kChunks % 4;
+    int chunk = i % kChunks;
+    const bool inside = (first_step + step) * 4 + c < p.words;
+    if (V == 16) chunk ^= c / 2;  // lanes c = 2, 3 look up the upper half of an entry first
+#pragma unroll 8
+    for (int token = 0; token < kTokens; ++token) {
+      uint4 value = make_uint4(0, 0, 0, 0);
+      if (inside && token < p.tokens) value = *reinterpret_cast<const uint4*>(x + token * p.x_row_stride + i * 8);
+      const int lane = token % 8 * 4 + c;
+      if constexpr (kTokens == 8) {
+        *reinterpret_cast<uint4*>(staged + ((step * kChunks + chunk) * 32 + lane) * 16) = value;
+      } else {
+        unsigned char* first =
+            staged + (((step * V + chunk * 2) * kTiles + token / 16) * 32 + lane) * 16 + token / 8 % 2 * 4;
+        *reinterpret_cast<uint32_t*>(first) = value.x;
+        *reinterpret_cast<uint32_t*>(first + 8) = value.y;
+        *reinterpret_cast<uint32_t*>(first + kTiles * 512) = value.z;
+        *reinterpret_cast<uint32_t*>(first + kTiles * 512 + 8) = value.w;
+      }
     }
   }
 }
 
-// The codes of one step and codebook for a lane, and the scales of its four rows.
-struct MmaItem {
-  uint4 codes;
-  uint2 scales;
-};
+// The A operand of a k16 step (0 .. V-1 of a word's) and tile of tokens; x is the address of the lane's first.
+template <int kTokens>
+__device__ __forceinline__ void load_tokens(uint32_t (&operand)[4], uint32_t x, int k_step, int tile) {
+  if constexpr (kTokens == 8) {
+    const uint2 half = load_shared<uint2>(x + k_step / 2 * 512 + k_step % 2 * 8);
+    operand[0] = half.x;
+    operand[2] = half.y;
+    operand[1] = operand[3] = 0;
+  } else {
+    *reinterpret_cast<uint4*>(operand) = load_shared<uint4>(x + (k_step * ((kTokens + 15) / 16) + tile) * 512);
+  }
+}
 
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, __half2 scale) {
   const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&pair), scale);
@@ -148,17 +174,18 @@ struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;
 };
 
-// Adds the product of one item to sum[row tile][token tile].
-template <typename T, int V, int kTokenTiles, bool kScaleWeights>
-__device__ __forceinline__ void multiply_item(float (&sum)[2][kTokenTiles][4], const MmaItem& item,
-                                              const unsigned char* table, const uint4* x, uint32_t copy) {
+// Adds the product of one step and codebook to sum[row of the lane's quad][tile of tokens]. codes: of the quad; scales:
+// of the quad, used if kScaleWeights; table and x: addresses of the lane's copy of entry 0 and of its first A operand.
+template <typename T, int V, int kTokens, bool kScaleWeights>
+__device__ __forceinline__ void multiply_item(float (&sum)[4][(kTokens + 15) / 16][4], uint4 codes, uint2 scales,
+                                              uint32_t table, uint32_t x) {
   using Pair2 = typename Pair<T>::type;
-  constexpr int kPairs = V / 2;  // registers of a looked-up vector
-  const uint32_t words[4] = {item.codes.x, item.codes.y, item.codes.z, item.codes.w};
+  constexpr int kTiles = (kTokens + 15) / 16, kPairs = V / 2;  // registers of a looked-up vector
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
   Pair2 scale[4];
   if constexpr (kScaleWeights) {
-    const uint32_t doubled[4] = {permute_bytes(item.scales.x, 0, 0x1010), permute_bytes(item.scales.x, 0, 0x3232),
-                                 permute_bytes(item.scales.y, 0, 0x1010), permute_bytes(item.scales.y, 0, 0x3232)};
+    const uint32_t doubled[4] = {permute_bytes(scales.x, 0, 0x1010), permute_bytes(scales.x, 0, 0x3232),
+                                 permute_bytes(scales.y, 0, 0x1010), permute_bytes(scales.y, 0, 0x3232)};
 #pragma unroll
     for (int r = 0; r < 4; ++r) scale[r] = *reinterpret_cast<const Pair2*>(&doubled[r]);
   }
@@ -167,14 +194,12 @@ __device__ __forceinline__ void multiply_item(float (&sum)[2][kTokenTiles][4], c
     uint32_t weight[4][kPairs];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const unsigned char* entry = table + permute_bytes(words[r], copy, 0x5504 | byte << 4);
+      const uint32_t entry = row_address(words[r], row_selector(byte), table);
       if constexpr (V == 4) {
-        *reinterpret_cast<uint2*>(weight[r]) = *reinterpret_cast<const uint2*>(entry);
+        *reinterpret_cast<uint2*>(weight[r]) = load_shared<uint2>(entry);
       } else {
-        *reinterpret_cast<uint4*>(weight[r]) = *reinterpret_cast<const uint4*>(entry);
-        if constexpr (V == 16)
-          *reinterpret_cast<uint4*>(weight[r] + 4) =
-              *reinterpret_cast<const uint4*>(table + permute_bytes(words[r], copy ^ 64, 0x5504 | byte << 4));
+        *reinterpret_cast<uint4*>(weight[r]) = load_shared<uint4>(entry);
+        if constexpr (V == 16) *reinterpret_cast<uint4*>(weight[r] + 4) = load_shared<uint4>(entry ^ 64);
       }
       if constexpr (kScaleWeights) {
 #pragma unroll
@@ -182,53 +207,55 @@ __device__ __forceinline__ void multiply_item(float (&sum)[2][kTokenTiles][4], c
       }
     }
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
+    for (int k = 0; k < kPairs; k += 2) {
 #pragma unroll
-      for (int k = 0; k < kPairs; k += 2) {
-        const int pair = byte * kPairs + k;  // of the word's 2V, in B order
-        const uint4 operand = x[(pair / 4 * kTokenTiles + t) * 32];
-        const uint32_t b0 = pair % 4 ? operand.z : operand.x, b1 = pair % 4 ? operand.w : operand.y;
-        mma_k16<T>(sum[0][t], {weight[0][k], weight[1][k], weight[0][k + 1], weight[1][k + 1]}, b0, b1);
-        mma_k16<T>(sum[1][t], {weight[2][k], weight[3][k], weight[2][k + 1], weight[3][k + 1]}, b0, b1);
+      for (int t = 0; t < kTiles; ++t) {
+        uint32_t operand[4];
+        load_tokens<kTokens>(operand, x, (byte * kPairs + k) / 2, t);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) mma_k16<T>(sum[r][t], operand, weight[r][k], weight[r][k + 1]);
       }
     }
   }
 }
 
-// total += scale * step, row by row, and step = 0.
-template <typename T, int kTokenTiles>
-__device__ __forceinline__ void scale_sums(float (&total)[2][kTokenTiles][4], float (&step)[2][kTokenTiles][4],
-                                           uint2 scales) {
-  const float2 scale[2] = {unpack_pair<T>(scales.x), unpack_pair<T>(scales.y)};
+// total += scale * step, and step = 0. scales: of rows 8c .. 8c+7 of the tile, those of the lane's sums.
+template <typename T, int kTiles>
+__device__ __forceinline__ void scale_sums(float (&total)[4][kTiles][4], float (&step)[4][kTiles][4], uint4 scales) {
+  const float2 pair[4] = {unpack_pair<T>(scales.x), unpack_pair<T>(scales.y), unpack_pair<T>(scales.z),
+                          unpack_pair<T>(scales.w)};
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
+  for (int r = 0; r < 4; ++r) {
+    const float low = r % 2 ? pair[r / 2].y : pair[r / 2].x, high = r % 2 ? pair[2 + r / 2].y : pair[2 + r / 2].x;
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        total[tile][t][i] = fmaf(i < 2 ? scale[tile].x : scale[tile].y, step[tile][t][i], total[tile][t][i]);
-        step[tile][t][i] = 0;
+        total[r][t][i] = fmaf(i % 2 ? high : low, step[r][t][i], total[r][t][i]);
+        step[r][t][i] = 0;
       }
     }
   }
 }
 
-// Stores the sums of a tile, or adds them, at sums[token][row], and clears them.
-template <int kTokenTiles>
-__device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[2][kTokenTiles][4], bool add, int rows,
-                                         int lane) {
+// Stores the sums of a tile of 32 rows, or adds them, at sums[token][row], and clears them. `rows`: how many exist.
+template <int kTokens>
+__device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[4][(kTokens + 15) / 16][4], bool add,
+                                         int rows, int lane) {
 #pragma unroll
-  for (int t = 0; t < kTokenTiles; ++t) {
+  for (int t = 0; t < (kTokens + 15) / 16; ++t) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float4* place = reinterpret_cast<float4*>(sums + (t * 8 + lane % 4 * 2 + j) * pitch + lane / 4 * 4);
-      float4 value = make_float4(total[0][t][j], total[0][t][2 + j], total[1][t][j], total[1][t][2 + j]);
-      if (add && lane / 4 * 4 < rows) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane % 4 * 8 + i % 2 * 4;
+      float4* place = reinterpret_cast<float4*>(sums + (t * 16 + i / 2 * 8 + lane / 4) * pitch + row);
+      float4 value = make_float4(total[0][t][i], total[1][t][i], total[2][t][i], total[3][t][i]);
+      total[0][t][i] = total[1][t][i] = total[2][t][i] = total[3][t][i] = 0;
+      if ((kTokens == 8 && i > 1) || row >= rows) continue;
+      if (add) {
         const float4 old = *place;
         value = make_float4(value.x + old.x, value.y + old.y, value.z + old.z, value.w + old.w);
       }
-      if (lane / 4 * 4 < rows) *place = value;
-      total[0][t][j] = total[0][t][2 + j] = total[1][t][j] = total[1][t][2 + j] = 0;
+      *place = value;
     }
   }
 }
@@ -239,11 +266,11 @@ struct MmaPart {
   int rows, first_step, last_step;
 };
 
-// The producer warp: fills the ring with a part, row blocks outside, steps inside.
+// The producer warps: fill the ring with a part, row blocks outside, steps inside.
 template <typename T>
 __device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, unsigned char* stages, const Product& p,
                                           const MmaShape& shape, const Segment& segment, const MmaPart& part,
-                                          int lane) {
+                                          int producer, int lane) {
   const int64_t n = segment.out_features;
   const int pitch = (shape.stage_rows + 8) * 4, book_bytes = shape.stage_steps * 4 * pitch;
   for (int row = 0; row < part.rows; row += shape.stage_rows) {
@@ -252,16 +279,16 @@ __device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, uns
       unsigned char* stage = stages + at.stage * shape.stage_bytes;
       const int word = step * 4, words = min(min(shape.stage_steps, part.last_step - step) * 4, p.words - word);
       const int group = word / p.words_per_group, groups = (word + words - 1) / p.words_per_group - group + 1;
-      begin_fill(ring, at, rows * (4 * words * p.num_codebooks + 2 * groups), lane);
+      begin_fill(ring, at, rows * (4 * words * p.num_codebooks + 2 * groups), producer, lane);
       for (int i = 0; i < p.num_codebooks; ++i)
         copy_runs(
             ring, at, stage + i * book_bytes, pitch,
             reinterpret_cast<const unsigned char*>(segment.codes + (int64_t(i) * p.words + word) * n + part.row + row),
-            n * 4, words, rows * 4, lane);
+            n * 4, words, rows * 4, producer, lane);
       copy_runs(
           ring, at, stage + p.num_codebooks * book_bytes, shape.stage_rows * 2,
           reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + group * n + part.row + row),
-          n * 2, groups, rows * 2, lane);
+          n * 2, groups, rows * 2, producer, lane);
       end_fill(ring, at);
       at.advance(shape.stages);
     }
@@ -269,37 +296,42 @@ __device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, uns
 }
 
 // A consumer warp: its tiles of a part, added to sums[token][row of the part], or stored if `add` is false.
-template <typename T, int V, int kTokenTiles, bool kScaleSums>
+template <typename T, int V, int kTokens, bool kScaleSums>
 __device__ __forceinline__ void multiply_part(RingBarriers& ring, RingPlace& at, const unsigned char* shared,
                                               const Product& p, const MmaShape& shape, const MmaPart& part,
                                               int chunk_first, float* sums, bool add, int consumers) {
-  const int lane = threadIdx.x % 32, k_warp = threadIdx.x / 32 % shape.k_warps;
-  const int tile = threadIdx.x / 32 / shape.k_warps * kMmaTileRows, pitch = shape.stage_rows + 8;
+  const int lane = threadIdx.x % 32, warp = warp_index(), k_warp = warp % shape.k_warps;
+  const int tile = warp / shape.k_warps * kMmaTileRows, pitch = shape.stage_rows + 8;
   const int book_bytes = shape.stage_steps * 16 * pitch, sums_pitch = p.rows_per_range + 4;
   const uint32_t copy = V == 4   ? lane % 16 * 8
                         : V == 8 ? lane % 8 * 16
                                  : lane / 2 % 2 * 64 + (lane / 4 % 2 * 2 + lane % 2) * 16;
-  const uint4* x = reinterpret_cast<const uint4*>(shared + shape.x) + lane;
-  float total[2][kTokenTiles][4] = {}, step_sum[2][kTokenTiles][4] = {};
+  uint32_t x = shared_address(shared + shape.x) + lane * 16, tables = shared_address(shared) + copy;
+  uint32_t lane_codes = shared_address(shared + shape.ring) + (lane % 4 * pitch + tile + lane / 4 * 4) * 4;
+  keep(x);
+  keep(tables);
+  keep(lane_codes);
+  constexpr int kTiles = (kTokens + 15) / 16;
+  float total[4][kTiles][4] = {}, step_sum[4][kTiles][4] = {};
   for (int row = 0; row < part.rows; row += shape.stage_rows) {
     for (int step = part.first_step; step < part.last_step; step += shape.stage_steps) {
-      const unsigned char* stage = shared + shape.ring + at.stage * shape.stage_bytes;
-      const unsigned char* codes = stage + (lane % 4 * pitch + tile + lane / 4 * 4) * 4;
-      const unsigned char* scales = stage + p.num_codebooks * book_bytes + (tile + lane / 4 * 4) * 2;
+      const uint32_t stage = shared_address(shared + shape.ring) + at.stage * shape.stage_bytes;
+      const uint32_t codes = lane_codes + at.stage * shape.stage_bytes;
+      const uint32_t scales =
+          stage + p.num_codebooks * book_bytes + (tile + (kScaleSums ? lane % 4 * 8 : lane / 4 * 4)) * 2;
       const int first_group = step * 4 / p.words_per_group;
       wait(&ring.full[at.stage], at.phase);
       for (int s = k_warp; s < shape.stage_steps && row + tile < part.rows; s += shape.k_warps) {
         if (step + s >= part.last_step) break;
         const int group = min((step + s) * 4 + lane % 4, p.words - 1) / p.words_per_group;
-        MmaItem item;
-        item.scales = *reinterpret_cast<const uint2*>(scales + (group - first_group) * shape.stage_rows * 2);
-        for (int i = 0; i < p.num_codebooks; ++i) {
-          item.codes = *reinterpret_cast<const uint4*>(codes + i * book_bytes + s * 16 * pitch);
-          multiply_item<T, V, kTokenTiles, !kScaleSums>(
-              kScaleSums ? step_sum : total, item, shared + i / 2 * kMmaTableBytes + i % 2 * 128,
-              x + (step + s - chunk_first) * (V / 2 * kTokenTiles * 32), copy);
-        }
-        if (kScaleSums) scale_sums<T>(total, step_sum, item.scales);
+        const uint32_t scale_place = scales + (group - first_group) * shape.stage_rows * 2;
+        const uint2 quad_scales = kScaleSums ? make_uint2(0, 0) : load_shared<uint2>(scale_place);
+#pragma unroll 1
+        for (int i = 0; i < p.num_codebooks; ++i)
+          multiply_item<T, V, kTokens, !kScaleSums>(
+              kScaleSums ? step_sum : total, load_shared<uint4>(codes + i * book_bytes + s * 16 * pitch), quad_scales,
+              tables + i * kMmaTableBytes, x + (step + s - chunk_first) * (32 * V * kTokens));
+        if (kScaleSums) scale_sums<T, kTiles>(total, step_sum, load_shared<uint4>(scale_place));
       }
       __syncwarp();
       if (lane == 0) arrive(&ring.empty[at.stage]);
@@ -307,48 +339,41 @@ __device__ __forceinline__ void multiply_part(RingBarriers& ring, RingPlace& at,
     }
     for (int k = 0; k < shape.k_warps; ++k) {  // in this order: the sums do not depend on which warp is faster
       if (k == k_warp)
-        put_sums<kTokenTiles>(sums + row + tile, sums_pitch, total, add || k > 0, part.rows - row - tile, lane);
+        put_sums<kTokens>(sums + row + tile, sums_pitch, total, add || k > 0, part.rows - row - tile, lane);
       if (shape.k_warps > 1) consumer_sync(consumers);
     }
   }
 }
 
-// Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows.
+// Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows: a warp a token.
 template <typename T>
 __device__ __forceinline__ void reduce_tokens(const Product& p, const float* sums, int share, int64_t first,
                                               int64_t last) {
   const int rank = cluster_rank(), size = cluster_size(), pitch = p.rows_per_range + 4;
-  for (int i = threadIdx.x; i < share; i += blockDim.x) {
-    const int64_t row = first + rank * share + i;
-    if (row >= last) break;
-    int s = 0;
-    while (s + 1 < p.segments && row >= p.segment[s + 1].first_row) ++s;
-    const Segment& segment = p.segment[s];
-    const int64_t n = row - segment.first_row;
-    const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
-    for (int token = 0; token < p.tokens; ++token) {
-      const uint32_t address = shared_address(sums + token * pitch + rank * share + i);
-      float part[kMaxCluster];  // all loads first: their latency is paid once
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) part[r] = r < size ? load_from_rank(address, r) : 0.0f;
-      float sum = 0;
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) sum += part[r];
+  const int lane = threadIdx.x % 32, begin = rank * share;
+  const int end = int(min(int64_t(min(begin + share, p.rows_per_range)), last - first));
+  for (int token = threadIdx.x / 32; token < p.tokens; token += blockDim.x / 32) {
+    for (int i = begin + lane; i < end; i += 32) {
+      const float sum = sum_over_cluster(shared_address(sums + token * pitch + i), size);
+      const Segment& segment = segment_of(p, first + i);
+      const int64_t n = first + i - segment.first_row;
+      const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
       static_cast<T*>(segment.y)[token * segment.out_features + n] = from_float<T>(sum + bias);
     }
   }
 }
 
-// kWarps consumer warps and a producer.
-template <typename T, int V, int kTokenTiles, bool kScaleSums, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32 + 32, 1)
+// kWarps consumer warps and the producers.
+template <typename T, int V, int kTokens, bool kScaleSums, int kWarps>
+__global__ void __launch_bounds__((kWarps + kProducerWarps) * 32, 1)
     codebook_mma_kernel(const __grid_constant__ Product p, const __grid_constant__ MmaShape shape) {
   constexpr int kConsumers = kWarps * 32;
-  extern __shared__ __align__(1024) unsigned char mma_shared[];
-  __shared__ RingBarriers ring;
+  CODEGEMM_DYNAMIC_SHARED(mma_shared);
+  CODEGEMM_SHARED(RingBarriers, ring);
   float* sums = reinterpret_cast<float*>(mma_shared + shape.sums);
   const int lane = threadIdx.x % 32;
-  const bool producer = threadIdx.x >= kConsumers;
+  const int warp = warp_index();
+  const bool producer = warp >= kWarps;
   const int slice_first = shape.steps.first(cluster_rank()), slice_last = shape.steps.first(cluster_rank() + 1);
   if (threadIdx.x == kConsumers) init_ring(ring, shape.stages, kWarps);
   __syncthreads();
@@ -372,23 +397,22 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, 1)
         const MmaPart part = {from - segment.first_row, int(to - from), chunk,
                               min(chunk + shape.chunk_steps, slice_last)};
         if (producer) {
-          fill_part<T>(ring, at, mma_shared + shape.ring, p, shape, segment, part, lane);
+          fill_part<T>(ring, at, mma_shared + shape.ring, p, shape, segment, part, warp - kWarps, lane);
           continue;
         }
         if (chunk != staged_step) {
           if (staged_step >= 0) consumer_sync(kConsumers);  // the warps have finished with the previous x
-          stage_x<T, V, kTokenTiles>(reinterpret_cast<uint4*>(mma_shared + shape.x), p, chunk, part.last_step,
-                                     kConsumers);
+          stage_x<T, V, kTokens>(mma_shared + shape.x, p, chunk, part.last_step, kConsumers);
           staged_step = chunk;
         }
         consumer_sync(kConsumers);
-        multiply_part<T, V, kTokenTiles, kScaleSums>(ring, at, mma_shared, p, shape, part, chunk, sums + (from - first),
-                                                     chunk != slice_first, kConsumers);
+        multiply_part<T, V, kTokens, kScaleSums>(ring, at, mma_shared, p, shape, part, chunk, sums + (from - first),
+                                                 chunk != slice_first, kConsumers);
       }
     }
     cluster_sync();
     reduce_tokens<T>(p, sums, shape.share_rows, first, last);
-    cluster_sync();  // no block overwrites its sums, or leaves, while another reads them
+    cluster_sync_relaxed();  // no block overwrites its sums, or leaves, while another reads them
   }
 }
 

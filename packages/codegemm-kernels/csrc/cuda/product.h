@@ -43,21 +43,14 @@ inline Divisor make_divisor(int64_t value) {
   return {uint32_t(value), value == 1 ? 0 : uint32_t((two_32 + value - 1) / value)};
 }
 
-#ifdef __CUDACC__
 __device__ __forceinline__ int operator/(int n, const Divisor& divisor) {
   return divisor.value == 1 ? n : int(__umulhi(uint32_t(n), divisor.reciprocal));
 }
-#endif
 
 // K divided among the blocks of a cluster, in units: the first `extra` blocks have one more than `each`.
 struct Shares {
   int each, extra;
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      int first(int rank) const {
-    return rank * each + (rank < extra ? rank : extra);
-  }
+  __host__ __device__ int first(int rank) const { return rank * each + (rank < extra ? rank : extra); }
 };
 
 // The launch that computes `count` products of the same x, rows_per_range still to be chosen.
@@ -79,6 +72,13 @@ inline Product make_product(const Gemm* calls, int count) {
     product.total_rows += w.out_features;
   }
   return product;
+}
+
+// The segment that a row of the launch belongs to.
+__device__ __forceinline__ const Segment& segment_of(const Product& p, int64_t row) {
+  int s = 0;
+  while (s + 1 < p.segments && row >= p.segment[s + 1].first_row) ++s;
+  return p.segment[s];
 }
 
 }  // namespace codegemm::cuda

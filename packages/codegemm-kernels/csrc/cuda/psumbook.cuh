@@ -2,44 +2,37 @@
 // code can stand for at one vector position: table[position][e] = dot(codebook[e], x[position]). A weight then costs
 // no arithmetic of its own, only one lookup a code.
 //
-// The table has one position a bank. Entry e of the 32 positions of a block is 128 bytes, position p at bank p, and a
-// warp's lookup always touches 32 different positions: lane l holds word w = l%8 (positions 4w .. 4w+3) of rows
-// 4q .. 4q+3, q = l/8, and in step r uses byte (r+q)%4. So no lookup ever has a bank conflict whatever the codes are,
-// and nothing is replicated. Two blocks share a row of 256 bytes, which makes the address of a lookup one byte
-// permutation: the code is byte 1, the lane's position byte 0, and the block an immediate offset of the load.
-//
-//     word of table   e*64 + 0 .. 31      position 0 .. 31 of the even slot
-//                     e*64 + 32 .. 63     position 0 .. 31 of the odd slot         x 256 entries = 64 KB a pair
+// The table has one position a bank. Entry e of the 32 positions of a block is the 128 bytes at 128 e, position p at
+// bank p, and a warp's lookup always touches 32 different positions: lane l holds word w = l%8 (positions 4w .. 4w+3)
+// of rows 4q .. 4q+3, q = l/8, and in step r uses byte (r+q)%4. So no lookup ever has a bank conflict whatever the
+// codes are, and nothing is replicated. The address of a lookup, table + 128 code + 4 position, is one dp4a.
 //
 // A slot is one codebook of one block of 32 positions. Tables are fp32 and filled by the tensor cores (exact products
 // of 16-bit numbers, fp32 sums), so the result differs from exact arithmetic by fp32 rounding and the rounding of y.
 //
-// Codes and scales arrive through a ring of stages (ring.cuh): kSlots slots x 256 rows, 16 rows for each of 16 warps.
-// A row of the box is 4 words longer than its 256, so that the 16-byte reads of a quarter warp, 8 words of the same
-// rows, are free of conflicts too.
+// Codes and scales arrive through a ring of stages (ring.cuh): kSlots slots x 256 or 512 rows, 16 or 32 rows for each
+// of 16 warps. A row of the box is 4 words longer than that, so that the 16-byte reads of a quarter warp, 8 words of
+// the same rows, are free of conflicts too.
 //
 // A cluster computes rows_per_range rows; its blocks divide K, each keeps its sums in shared memory, and at the end
 // they add each other's through distributed shared memory, in the order of their ranks: bit-equal between runs.
 //
-// Cost of 32 lookups: 1 PRMT, 1 LDS, 1 FADD or FFMA, and a sixteenth of: an LDS.128 of codes, one of scales, 4 FCVT.
+// Cost of 32 lookups: 1 IDP.4A, 1 LDS, 1 FADD or FFMA, and a sixteenth of: an LDS.128 of codes, one of scales, 4 FCVT.
 #pragma once
-#ifdef CODEGEMM_ABLATE
-#define ABLATE(n) &&!(layout.ablate & n)
-#else
-#define ABLATE(n)
-#endif
-#include "cluster.cuh"
+#include "cuda/ptx.cuh"
 #include "element.cuh"
 #include "product.h"
 #include "ring.cuh"
 
 namespace codegemm::cuda {
 
-constexpr int kPsumbookTileRows = 16;  // rows a warp handles at a time: 4 quads of 4
-constexpr int kPsumbookPairBytes = 64 * 1024;
+constexpr int kSlotBytes = 256 * 128;
 constexpr int kConsumerWarps = 16;
-constexpr int kStageRows = kConsumerWarps * kPsumbookTileRows;
-constexpr int kStagePitch = kStageRows + 4;  // words
+constexpr int kPsumbookThreads = (kConsumerWarps + kProducerWarps) * 32;
+
+// Rows of a stage: a lane has kQuads quads of 4 rows, a warp 4 lanes side by side. And words between rows of its box.
+__host__ __device__ constexpr int stage_rows(int quads) { return kConsumerWarps * 16 * quads; }
+__host__ __device__ constexpr int stage_pitch(int quads) { return stage_rows(quads) + 4; }
 
 // x of the 32 positions of a block as the A operand of the table's matrix product, two tiles of 16 positions.
 template <typename T, int V>
@@ -78,36 +71,64 @@ __device__ __forceinline__ void fill_table(unsigned char* slot, const PositionFr
     mma_k8<T>(sum[0], positions.word[0][0], positions.word[0][1], b0);
     mma_k8<T>(sum[1], positions.word[1][0], positions.word[1][1], b0);
   }
-  unsigned char* row = slot + (entry_tile * 8 + 2 * c) * 256 + g * 4;
+  unsigned char* row = slot + (entry_tile * 8 + 2 * c) * 128 + g * 4;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     float a0 = sum[0][j], a1 = sum[0][2 + j], a2 = sum[1][j], a3 = sum[1][2 + j];
     const float b0_ = c & 1 ? a1 : a0, b1_ = c & 1 ? a2 : a1, b2_ = c & 1 ? a3 : a2, b3_ = c & 1 ? a0 : a3;
     const float rotated[4] = {c & 2 ? b2_ : b0_, c & 2 ? b3_ : b1_, c & 2 ? b0_ : b2_, c & 2 ? b1_ : b3_};
 #pragma unroll
-    for (int s = 0; s < 4; ++s) *reinterpret_cast<float*>(row + j * 256 + ((s + c) & 3) * 32) = rotated[s];
+    for (int s = 0; s < 4; ++s) *reinterpret_cast<float*>(row + j * 128 + ((s + c) & 3) * 32) = rotated[s];
   }
 }
 
-// Adds up lookups of one row: the four codes of `word`, one a position, each lane in its own order.
-__device__ __forceinline__ float look_up_word(const unsigned char* slot, uint32_t word, uint32_t lane_offsets,
-                                              const uint32_t (&selector)[4]) {
-  float value[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r)
-    value[r] = *reinterpret_cast<const float*>(slot + permute_bytes(word, lane_offsets, selector[r]));
-  return (value[0] + value[1]) + (value[2] + value[3]);
-}
+// How a lane looks up the four codes of a word: the byte it uses in each step, and the address of entry 0 of that
+// byte's position in the first slot.
+struct Lookup {
+  uint32_t selector[4], position[4];
 
-// Sums four rows over the eight lanes of equal lane/8. Lane l returns row (l/2)%4 of its quad; odd lanes a copy.
-__device__ __forceinline__ float reduce_rows(const float (&sum)[4], int lane) {
-  const bool upper = lane & 4, odd = lane & 2;
+  __device__ __forceinline__ Lookup(const unsigned char* table, int lane) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t byte = (r + lane / 8) % 4;
+      selector[r] = row_selector(byte);
+      position[r] = shared_address(table) + (lane % 8 * 4 + byte) * 4;
+      keep(selector[r]);
+      keep(position[r]);
+    }
+  }
+
+  // The sum of the lookups of one row's word in a slot.
+  __device__ __forceinline__ float sum(uint32_t word, int slot) const {
+    float value[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      value[r] = load_shared<float>(row_address(word, selector[r], position[r]) + slot * kSlotBytes);
+    return (value[0] + value[1]) + (value[2] + value[3]);
+  }
+};
+
+// Sums 4 * kQuads rows over the eight lanes of equal lane/8. Row i is row i%4 of quad i/4. With one quad lane l returns
+// row (l/2)%4 and odd lanes a copy, with two it returns row l%8.
+template <int kQuads>
+__device__ __forceinline__ float reduce_rows(float (&sum)[4 * kQuads], int lane) {
+  if constexpr (kQuads == 2) {
+    const bool upper = lane & 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float sent = upper ? sum[i] : sum[4 + i];
+      sum[i] = (upper ? sum[4 + i] : sum[i]) + __shfl_xor_sync(~0u, sent, 4);
+    }
+  }
+  constexpr int kFirst = kQuads == 2 ? 2 : 4;  // the lane bits that remain
+  const bool upper = lane & kFirst, odd = lane & (kFirst / 2);
   float low = upper ? sum[2] : sum[0], high = upper ? sum[3] : sum[1];
-  low += __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], 4);
-  high += __shfl_xor_sync(~0u, upper ? sum[1] : sum[3], 4);
+  low += __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], kFirst);
+  high += __shfl_xor_sync(~0u, upper ? sum[1] : sum[3], kFirst);
   float row = odd ? high : low;
-  row += __shfl_xor_sync(~0u, odd ? low : high, 2);
-  return row + __shfl_xor_sync(~0u, row, 1);
+  row += __shfl_xor_sync(~0u, odd ? low : high, kFirst / 2);
+  if constexpr (kQuads == 1) row += __shfl_xor_sync(~0u, row, 1);
+  return row;
 }
 
 // A chunk of up to kSlots slots: which they are, and the scale groups their words lie in.
@@ -136,8 +157,8 @@ struct Chunk {
   }
 };
 
-// The producer warp's view of a chunk: where the runs of each slot start, for row 0 of the segment.
-template <typename T, int kSlots>
+// The producer warps' view of a chunk: where the runs of each slot start, for row 0 of the segment.
+template <typename T, int kSlots, int kQuads>
 struct Runs {
   const unsigned char* codes[kSlots];
   int words[kSlots];
@@ -161,41 +182,42 @@ struct Runs {
   }
 
   __device__ __forceinline__ void fill(RingBarriers& ring, const RingPlace& at, unsigned char* stage, int64_t row,
-                                       int count, int lane) const {
-    begin_fill(ring, at, count * row_bytes, lane);
+                                       int count, int producer, int lane) const {
+    constexpr int kPitch = stage_pitch(kQuads);
+    begin_fill(ring, at, count * row_bytes, producer, lane);
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
-      copy_runs(ring, at, stage + s * 8 * kStagePitch * 4, kStagePitch * 4, codes[s] + row * 4, rows * 4, words[s],
-                count * 4, lane);
-    copy_runs(ring, at, stage + kSlots * 8 * kStagePitch * 4, kStageRows * 2, scales + row * 2, rows * 2, groups,
-              count * 2, lane);
+      copy_runs(ring, at, stage + s * 8 * kPitch * 4, kPitch * 4, codes[s] + row * 4, rows * 4, words[s], count * 4,
+                producer, lane);
+    copy_runs(ring, at, stage + kSlots * 8 * kPitch * 4, stage_rows(kQuads) * 2, scales + row * 2, rows * 2, groups,
+              count * 2, producer, lane);
     end_fill(ring, at);
   }
 };
 
-// Sums of the 16 rows at `tile` over the slots of a stage. scale_row[s]: where the lane's group of slot s lies.
-template <typename T, int kShare, int kSlots>
-__device__ __forceinline__ float sum_tile(const unsigned char* table, const unsigned char* stage, int tile, int slots,
-                                          const int (&scale_row)[kSlots / kShare], uint32_t lane_offsets,
-                                          const uint32_t (&selector)[4], int lane) {
-  const int column = tile * kPsumbookTileRows + lane / 8 * 4;
-  const uint4* codes = reinterpret_cast<const uint4*>(stage + (lane % 8 * kStagePitch + column) * 4);
-  const unsigned char* scales = stage + kSlots * 8 * kStagePitch * 4 + column * 2;
-  float sum[4] = {};
+// Sums of the warp's 16 * kQuads rows over the slots of a stage. codes and scales: shared-memory addresses of the
+// lane's first quad; scale_row[s]: how far on the scales of slot s lie.
+template <typename T, int kShare, int kSlots, int kQuads>
+__device__ __forceinline__ float sum_tile(const Lookup& lookup, uint32_t codes, uint32_t scales, int slots,
+                                          const int (&scale_row)[kSlots / kShare], int lane) {
+  constexpr int kPitch = stage_pitch(kQuads);
+  float sum[4 * kQuads] = {};
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
-    if (s < slots) {
-      const uint2 scale = *reinterpret_cast<const uint2*>(scales + scale_row[s / kShare]);
+    if (s > 0 && s >= slots) break;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const uint4 code = load_shared<uint4>(codes + s * 8 * kPitch * 4 + quad * 64);
+      const uint2 scale = load_shared<uint2>(scales + scale_row[s / kShare] + quad * 32);
       const float2 low = unpack_pair<T>(scale.x), high = unpack_pair<T>(scale.y);
-      const unsigned char* slot = table + s / 2 * kPsumbookPairBytes + s % 2 * 128;
-      const uint4 code = codes[s * 8 * kStagePitch / 4];
-      sum[0] = fmaf(low.x, look_up_word(slot, code.x, lane_offsets, selector), sum[0]);
-      sum[1] = fmaf(low.y, look_up_word(slot, code.y, lane_offsets, selector), sum[1]);
-      sum[2] = fmaf(high.x, look_up_word(slot, code.z, lane_offsets, selector), sum[2]);
-      sum[3] = fmaf(high.y, look_up_word(slot, code.w, lane_offsets, selector), sum[3]);
+      float* row = sum + 4 * quad;
+      row[0] = fmaf(low.x, lookup.sum(code.x, s), row[0]);
+      row[1] = fmaf(low.y, lookup.sum(code.y, s), row[1]);
+      row[2] = fmaf(high.x, lookup.sum(code.z, s), row[2]);
+      row[3] = fmaf(high.y, lookup.sum(code.w, s), row[3]);
     }
   }
-  return reduce_rows(sum, lane);
+  return reduce_rows<kQuads>(sum, lane);
 }
 
 // Fills the tables of a chunk from the block's slice of x and the codebooks, both in shared memory.
@@ -209,8 +231,8 @@ __device__ __forceinline__ void fill_tables(const Chunk<kSlots>& chunk, unsigned
   for (int entry_tile = warp; entry_tile < 32; entry_tile += kConsumerWarps) {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
-      fill_table<T, V>(table + s / 2 * kPsumbookPairBytes + s % 2 * 128, fragments[s],
-                       codebooks + chunk.codebook[s] * (256 * V), entry_tile, lane);
+      fill_table<T, V>(table + s * kSlotBytes, fragments[s], codebooks + chunk.codebook[s] * (256 * V), entry_tile,
+                       lane);
   }
 }
 
@@ -222,19 +244,11 @@ __device__ __forceinline__ void reduce_and_store(const Product& p, const float* 
   for (int i = threadIdx.x; i < share; i += blockDim.x) {
     const int64_t row = first + rank * share + i;
     if (row >= last) break;
-    const uint32_t address = shared_address(sums + rank * share + i);
-    float part[kMaxCluster];  // all loads first: their latency is paid once
-#pragma unroll
-    for (int r = 0; r < kMaxCluster; ++r) part[r] = r < size ? load_from_rank(address, r) : 0.0f;
-    float sum = 0;
-#pragma unroll
-    for (int r = 0; r < kMaxCluster; ++r) sum += part[r];
-    int s = 0;
-    while (s + 1 < p.segments && row >= p.segment[s + 1].first_row) ++s;
-    const Segment& segment = p.segment[s];
+    const float sum = sum_over_cluster(shared_address(sums + rank * share + i), size);
+    const Segment& segment = segment_of(p, row);
     const int64_t n = row - segment.first_row;
-    if (segment.bias) sum += to_float(static_cast<const T*>(segment.bias)[n]);
-    static_cast<T*>(segment.y)[n] = from_float<T>(sum);
+    const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
+    static_cast<T*>(segment.y)[n] = from_float<T>(sum + bias);
   }
 }
 
@@ -245,13 +259,10 @@ struct PsumbookLayout {
   int share_rows;                       // rows of a range that each block of the cluster stores
   int share;                            // slots that share a scale stay in one block: a unit of `units`
   Shares units;
-#ifdef CODEGEMM_ABLATE
-  int ablate = 0;
-#endif
 };
 
-inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, int share, int slots, int cluster,
-                                           int stages) {
+inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, int share, int slots, int quads,
+                                           int cluster, int stages) {
   const int units = (p.words + 7) / 8 * p.num_codebooks / share;
   PsumbookLayout layout;
   layout.share = share;
@@ -265,8 +276,8 @@ inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, 
   }
   const int groups = (8 * slots - 1) / int(p.words_per_group.value) + 2;  // the most the words of a chunk lie in
   layout.stages = stages;
-  layout.stage_bytes = slots * 8 * kStagePitch * 4 + groups * kStageRows * 2;
-  layout.ring = slots / 2 * kPsumbookPairBytes;
+  layout.stage_bytes = slots * 8 * stage_pitch(quads) * 4 + groups * stage_rows(quads) * 2;
+  layout.ring = slots * kSlotBytes;
   layout.sums = layout.ring + stages * layout.stage_bytes;
   layout.x = layout.sums + (p.rows_per_range * 4 + 127) / 128 * 128;
   layout.codebooks = layout.x + (x_words * 8 * vector_length + 127) / 128 * 128;
@@ -274,41 +285,42 @@ inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, 
   return layout;
 }
 
-// Consumer warps: rows [from, to) of a segment times this block's slots, added to sums[0 .. to - from).
-template <typename T, int V, int kShare, int kSlots>
+// Consumer warps: `rows` rows of a segment times this block's slots, added to sums[0 .. rows).
+template <typename T, int V, int kShare, int kSlots, int kQuads>
 __device__ __forceinline__ void multiply_segment(const Product& p, const PsumbookLayout& layout, int first_slot,
                                                  int last_slot, int rows, RingBarriers& ring, RingPlace& at,
-                                                 unsigned char* shared, float* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t lane_offsets = 0x0c080400u + (lane % 8) * 0x10101010u;
-  uint32_t selector[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const uint32_t byte = (r + lane / 8) % 4;  // code byte to byte 1, position to byte 0, zeros (its sign) above
-    selector[r] = (byte + 4) | byte << 4 | (byte + 12) * 0x1100u;
-  }
+                                                 unsigned char* shared, float* sums, int warp, int lane) {
+  const Lookup lookup(shared, lane);
   const int first_block = first_slot / p.codebooks;
+  const int column = warp * 16 * kQuads + lane / 8 * 4;  // of the lane's first quad in a stage
+  uint32_t lane_codes = shared_address(shared + layout.ring) + (lane % 8 * stage_pitch(kQuads) + column) * 4;
+  uint32_t lane_scales = shared_address(shared + layout.ring) + kSlots * 8 * stage_pitch(kQuads) * 4 + column * 2;
+  keep(lane_codes);
+  keep(lane_scales);
+  // The row that reduce_rows leaves in this lane; with one quad odd lanes have a copy that they do not store.
+  const int out =
+      warp * 16 * kQuads + (kQuads == 2 ? lane % 8 / 4 * 16 + lane / 8 * 4 + lane % 4 : lane / 8 * 4 + lane / 2 % 4);
+  const bool stores = kQuads == 2 || lane % 2 == 0;
   for (int slot = first_slot; slot < last_slot; slot += kSlots) {
     const Chunk<kSlots> chunk(p, slot, last_slot);
     int scale_row[kSlots / kShare];
 #pragma unroll
     for (int s = 0; s < kSlots; s += kShare) {
       const int word = min(chunk.block[s] * 8 + lane % 8, p.words - 1);
-      scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * kStageRows * 2;
+      scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * stage_rows(kQuads) * 2;
     }
     consumer_sync(kConsumerWarps * 32);  // x and codebooks are there; every warp has finished with the last table
-    if (true ABLATE(2))
-      fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
-                                p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
-                                warp, lane);
+    fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
+                              p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
+                              warp, lane);
     consumer_sync(kConsumerWarps * 32);
-    for (int row = 0; row < rows; row += kStageRows) {
-      const int tile_row = row + warp * kPsumbookTileRows, out = tile_row + lane / 8 * 4 + lane / 2 % 4;
+    for (int row = 0; row < rows; row += stage_rows(kQuads)) {
       wait(&ring.full[at.stage], at.phase);
-      if (tile_row < rows ABLATE(1)) {
-        const float sum = sum_tile<T, kShare, kSlots>(shared, shared + layout.ring + at.stage * layout.stage_bytes,
-                                                      warp, chunk.slots, scale_row, lane_offsets, selector, lane);
-        if (lane % 2 == 0 && out < rows) sums[out] += sum;
+      if (row + warp * 16 * kQuads < rows) {
+        const uint32_t stage = at.stage * layout.stage_bytes;
+        const float sum = sum_tile<T, kShare, kSlots, kQuads>(lookup, lane_codes + stage, lane_scales + stage,
+                                                              chunk.slots, scale_row, lane);
+        if (stores && row + out < rows) sums[row + out] += sum;
       }
       __syncwarp();
       if (lane == 0) arrive(&ring.empty[at.stage]);
@@ -324,20 +336,21 @@ __device__ __forceinline__ void copy_to_shared(T* target, const T* source, int c
     *reinterpret_cast<uint4*>(target + i) = *reinterpret_cast<const uint4*>(source + i);
 }
 
-// Grid: clusters x ranges of rows. 16 consumer warps and a producer. Dynamic shared memory: the tables, kSlots/2 x 64
+// Grid: clusters x ranges of rows. 16 consumer warps and the producers. Dynamic shared memory: the tables, kSlots x 32
 // KB, and what `layout` says.
-template <typename T, int V, int kShare, int kSlots>
-__global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
+template <typename T, int V, int kShare, int kSlots, int kQuads>
+__global__ void __launch_bounds__(kPsumbookThreads, 1)
     psumbook_kernel(const __grid_constant__ Product p, const __grid_constant__ PsumbookLayout layout) {
 #if CODEGEMM_HAS_CLUSTERS
-  extern __shared__ __align__(1024) unsigned char psumbook_shared[];
-  __shared__ RingBarriers ring;
+  CODEGEMM_DYNAMIC_SHARED(psumbook_shared);
+  CODEGEMM_SHARED(RingBarriers, ring);
   float* sums = reinterpret_cast<float*>(psumbook_shared + layout.sums);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t lane_id = threadIdx.x % 32;
+  keep(lane_id);
+  const int warp = warp_index(), lane = int(lane_id), rank = cluster_rank();
   const int64_t first = int64_t(cluster_index()) * p.rows_per_range;
   const int64_t last = min(first + p.rows_per_range, p.total_rows);
-  const int first_slot = layout.units.first(cluster_rank()) * kShare;
-  const int last_slot = layout.units.first(cluster_rank() + 1) * kShare;
+  const int first_slot = layout.units.first(rank) * kShare, last_slot = layout.units.first(rank + 1) * kShare;
   if (threadIdx.x == kConsumerWarps * 32) init_ring(ring, layout.stages, kConsumerWarps);
   __syncthreads();
   allow_next_kernel();
@@ -349,12 +362,12 @@ __global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
     const int64_t from = max(first, segment.first_row), to = min(last, segment.first_row + segment.out_features);
     if (from >= to) continue;
     const int rows = int(to - from);
-    if (warp == kConsumerWarps) {
+    if (warp >= kConsumerWarps) {
       for (int slot = first_slot; slot < last_slot; slot += kSlots) {
-        const Runs<T, kSlots> runs(p, segment, Chunk<kSlots>(p, slot, last_slot));
-        for (int row = 0; row < rows; row += kStageRows) {
+        const Runs<T, kSlots, kQuads> runs(p, segment, Chunk<kSlots>(p, slot, last_slot));
+        for (int row = 0; row < rows; row += stage_rows(kQuads)) {
           runs.fill(ring, at, psumbook_shared + layout.ring + at.stage * layout.stage_bytes,
-                    from - segment.first_row + row, min(kStageRows, rows - row), lane);
+                    from - segment.first_row + row, min(stage_rows(kQuads), rows - row), warp - kConsumerWarps, lane);
           at.advance(layout.stages);
         }
       }
@@ -372,15 +385,12 @@ __global__ void __launch_bounds__(kConsumerWarps * 32 + 32, 1)
                      words * 4 * V);
       started = true;
     }
-    multiply_segment<T, V, kShare, kSlots>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared,
-                                           sums + (from - first));
+    multiply_segment<T, V, kShare, kSlots, kQuads>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared,
+                                                   sums + (from - first), warp, lane);
   }
-#ifdef CODEGEMM_ABLATE
-  if (layout.ablate & 4) return;
-#endif
   cluster_sync();
   reduce_and_store<T>(p, sums, layout.share_rows, first, last);
-  cluster_sync();  // no block leaves while another reads its sums
+  cluster_sync_relaxed();  // no block leaves while another reads its sums
 #endif
 }
 

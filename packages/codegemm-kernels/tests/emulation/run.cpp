@@ -1,0 +1,178 @@
+// Random products by the fast CUDA kernels, emulated on the CPU, against fp64. Arguments: number of cases, seed.
+#include "cuda/ptx.cuh"  // before the kernels: it defines what they take from CUDA
+
+#include "cuda/codebook_mma.cuh"
+#include "cuda/psumbook.cuh"
+
+using namespace codegemm;
+using namespace codegemm::cuda;
+
+namespace {
+
+std::mt19937 generator;
+int chunked = 0, many_ranges = 0;  // launches whose x does not fit at once; whose clusters compute several ranges
+int pick(std::initializer_list<int> values) { return values.begin()[generator() % values.size()]; }
+
+template <typename T>
+std::vector<T> floats(size_t n, float center, float width) {
+  std::normal_distribution<float> normal(center, width);
+  std::vector<T> values(n);
+  for (T& v : values) v = T(normal(generator));
+  return values;
+}
+
+template <typename T>
+struct Matrix {
+  int rows;
+  std::vector<uint32_t> codes;
+  std::vector<T> codebooks, scales, bias, y;
+};
+
+struct Case {
+  int m, v, columns, groups, tokens;
+};
+
+template <typename T>
+double largest_error(const Case& c, const Matrix<T>& w, const std::vector<T>& x) {
+  const int words = c.columns / (4 * c.v);
+  double worst = 0;
+  for (int row = 0; row < w.rows; ++row) {
+    std::vector<double> weight(c.columns);
+    for (int k = 0; k < c.columns; ++k) {
+      for (int i = 0; i < c.m; ++i) {
+        const uint32_t word = w.codes[(size_t(i) * words + k / c.v / 4) * w.rows + row];
+        weight[k] += float(w.codebooks[(i * 256 + (word >> (8 * (k / c.v % 4)) & 255)) * c.v + k % c.v]);
+      }
+      weight[k] *= float(w.scales[size_t(k / (c.columns / c.groups)) * w.rows + row]);
+    }
+    for (int token = 0; token < c.tokens; ++token) {
+      double exact = float(w.bias[row]), size = std::abs(exact);
+      for (int k = 0; k < c.columns; ++k) {
+        exact += weight[k] * float(x[size_t(token) * c.columns + k]);
+        size += std::abs(weight[k] * float(x[size_t(token) * c.columns + k]));
+      }
+      const double error = std::abs(float(w.y[size_t(token) * w.rows + row]) - exact) / size;
+      worst = error == error ? std::max(worst, error) : INFINITY;
+    }
+  }
+  return worst;
+}
+
+template <typename T, int V, int kTokens, bool kScaleSums, int kWarps>
+bool run_mma(Product p, unsigned seed) {
+  const int cluster = CODEGEMM_HAS_CLUSTERS ? pick({1, 2, 4}) : 1, k_warps = pick({1, 2, 4});
+  MmaShape shape;
+  if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, pick({1, 2}), k_warps, pick({1, 2}),
+                      pick({60, 80, 100, 130, 220}) * 1024))
+    return false;
+  shape.stages = std::min(shape.stages, pick({2, 3, 8}));
+  chunked += shape.chunk_steps < shape.steps.each;
+  many_ranges += shape.num_ranges > shape.clusters;
+  emulation::launch(shape.clusters * cluster, (kWarps + kProducerWarps) * 32, cluster, shape.bytes, seed,
+                    !CODEGEMM_HAS_CLUSTERS, [&] { codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>(p, shape); });
+  return true;
+}
+
+template <typename T, int V, int kShare, int kSlots, int kQuads>
+bool run_psumbook(Product p, unsigned seed) {
+  const int cluster = pick({1, 2, 4}), ranges = pick({1, 2, 3});
+  p.rows_per_range = int((p.total_rows + ranges - 1) / ranges + 15) / 16 * 16;
+  const PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, kQuads, cluster, pick({2, 3}));
+  const int blocks = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range) * cluster;
+  emulation::launch(blocks, kPsumbookThreads, cluster, layout.bytes, seed, false,
+                    [&] { psumbook_kernel<T, V, kShare, kSlots, kQuads>(p, layout); });
+  return true;
+}
+
+template <typename T, int V>
+bool run(const Product& p, int kernel, unsigned seed) {
+#if CODEGEMM_HAS_CLUSTERS
+  if (kernel == 0 && p.tokens == 1) {
+    if (p.num_codebooks % 2) return run_psumbook<T, V, 1, 2, 1>(p, seed);
+    return run_psumbook<T, V, 2, 2, 1>(p, seed);
+  }
+  if (kernel == 1 && p.tokens == 1) {
+    if (p.num_codebooks % 2) return run_psumbook<T, V, 1, 4, 2>(p, seed);
+    return run_psumbook<T, V, 2, 4, 1>(p, seed);
+  }
+#endif
+  const bool sums = p.words_per_group.value % 4 == 0;
+  if (p.tokens <= 8) return sums ? run_mma<T, V, 8, true, 16>(p, seed) : run_mma<T, V, 8, false, 16>(p, seed);
+  if (p.tokens <= 16) return sums ? run_mma<T, V, 16, true, 16>(p, seed) : run_mma<T, V, 16, false, 16>(p, seed);
+  if (p.tokens <= 32) return run_mma<T, V, 32, false, 8>(p, seed);
+  return run_mma<T, V, 64, false, 8>(p, seed);
+}
+
+template <typename T>
+int check(int number, DType dtype, double bound) {
+  Case c;
+  c.m = pick({1, 1, 2, 3, 4});
+  c.v = pick({4, 8, 16});
+  c.tokens = pick({1, 1, 1, 2, 5, 8, 11, 16, 20, 40});
+  const int group_words = pick({1, 2, 4, 8}), count = pick({1, 1, 2});
+  c.groups = pick({1, 2, 3, 5, 13});
+  c.columns = c.groups * group_words * 4 * c.v;
+  const std::vector<T> x = floats<T>(size_t(c.tokens) * c.columns, 0.1f, 1.0f);
+  std::vector<Matrix<T>> matrices(count);
+  std::vector<Gemm> calls;
+  const size_t guard = 64;
+  for (Matrix<T>& w : matrices) {
+    w.rows = 8 * pick({1, 3, 4, 8, 17, 40});
+    w.codes.resize(size_t(c.m) * c.columns / (4 * c.v) * w.rows);
+    for (uint32_t& word : w.codes) word = generator();
+    w.codebooks = floats<T>(size_t(c.m) * 256 * c.v, 0, 0.5f);
+    w.scales = floats<T>(size_t(c.groups) * w.rows, 0.02f, 0.005f);
+    w.bias = floats<T>(w.rows, 0, 1);
+    w.y.resize(size_t(c.tokens) * w.rows + guard);
+    calls.push_back(
+        {{w.codes.data(), w.codebooks.data(), w.scales.data(), c.m, c.v, c.groups, w.rows, c.columns, dtype},
+         x.data(),
+         c.columns,
+         w.bias.data(),
+         w.y.data(),
+         c.tokens});
+  }
+  const Product p = make_product(calls.data(), count);
+  const int kernel = pick({0, 0, 1, 2});
+  const unsigned plan = generator();
+  std::vector<std::vector<T>> first;
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    for (Matrix<T>& w : matrices) std::memset(static_cast<void*>(w.y.data()), 0xff, w.y.size() * sizeof(T));
+    generator.seed(plan);
+    const unsigned seed = 1000 * number + repeat;
+    const bool ran = c.v == 4   ? run<T, 4>(p, kernel, seed)
+                     : c.v == 8 ? run<T, 8>(p, kernel, seed)
+                                : run<T, 16>(p, kernel, seed);
+    if (!ran) return 0;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      Matrix<T>& w = matrices[i];
+      const double error = largest_error(c, w, x);
+      bool beyond = false;
+      for (size_t k = w.y.size() - guard; k < w.y.size(); ++k) beyond |= float(w.y[k]) == float(w.y[k]);
+      const bool differs = repeat && std::memcmp(first[i].data(), w.y.data(), w.y.size() * sizeof(T));
+      if (!repeat) first.push_back(w.y);
+      if (error <= bound && !beyond && !differs) continue;
+      std::printf("FAIL case %d kernel %d m%dv%d groups %d of %d words N %d (%zu of %d) M %d: error %.2e%s%s\n", number,
+                  kernel, c.m, c.v, c.groups, group_words, w.rows, i, count, c.tokens, error,
+                  beyond ? ", wrote beyond y" : "", differs ? ", depends on the schedule" : "");
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 20, seed = argc > 2 ? std::atoi(argv[2]) : 1;
+  int failures = 0;
+  for (int i = 0; i < cases; ++i) {
+    generator.seed(seed * 100000 + i);
+    failures +=
+        generator() % 2 ? check<__half>(i, DType::kFloat16, 1.2e-3) : check<__nv_bfloat16>(i, DType::kBFloat16, 9e-3);
+  }
+  std::printf("%d of %d cases failed (%d launches in chunks of K, %d with several ranges a cluster)\n", failures, cases,
+              chunked, many_ranges);
+  return failures != 0;
+}
