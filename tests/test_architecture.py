@@ -29,6 +29,7 @@ FOREIGN_NAMES = re.compile(
 """Names that other systems give to our ideas (CONTRIBUTING.md has ours)."""
 MAY_NAME_FOREIGN = {
     "packages/codegemm-kernels/src/codegemm_kernels/checkpoint.py": "reads and writes the published block",
+    "packages/codegemm-runtime/src/codegemm_runtime/convert/aqlm.py": "reads and writes the config of AQLM",
     "CONTRIBUTING.md": "the vocabulary lists what not to say",
 }
 

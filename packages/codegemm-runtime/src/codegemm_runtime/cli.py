@@ -1,11 +1,12 @@
-"""The command `codegemm-runtime`: generate, chat, inspect. The only module that needs tyro."""
+"""The command `codegemm-runtime`: generate, chat, inspect, convert. The only module that needs tyro."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -112,6 +113,35 @@ class Inspect:
         return inspection.summary()
 
 
+@dataclass(frozen=True)
+class Convert:
+    """Import a published or AQLM checkpoint, or export one of ours as AQLM or as dense weights."""
+
+    source: tyro.conf.Positional[str]
+    """Folder or hub name: published, AQLM (Hugging Face format), ours, or published layer checkpoints ({i}.pth)."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; must not exist."""
+    to: Literal["codegemm", "aqlm", "dense"] = "codegemm"
+    """What to write."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """What floats are stored in; auto is what the source declares."""
+    base: str | None = None
+    """For layer checkpoints: the original model, which has the config and the tokenizer."""
+    allow_pickle: bool = False
+    """Read layer checkpoints, which are pickles, in a process of its own that finds no function but torch's tensors."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def run(self) -> Mapping[str, Any]:
+        """Convert and return the JSON object."""
+        import torch
+
+        from codegemm_runtime.convert.conversion import convert_folder
+
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return convert_folder(self.source, self.out, self.to, dtype, self.base, self.allow_pickle)
+
+
 def _write(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -124,10 +154,11 @@ def _ask() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    command: Generate | Chat | Inspect = tyro.cli(
+    command: Generate | Chat | Inspect | Convert = tyro.cli(
         Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Chat, tyro.conf.subcommand("chat")]
-        | Annotated[Inspect, tyro.conf.subcommand("inspect")],
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")],
         prog="codegemm-runtime",
         args=arguments,
     )

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Nothing that could hold a pickle, and nothing from subfolders, where hubs keep second copies in other formats.
-_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
+COMPANION_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "*.model")
+"""Patterns of everything beside the weights."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -91,7 +92,9 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", *COMPANION_FILES], ignore_patterns=["*/*"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{name} is neither a folder here nor a model that can be downloaded ({reason})") from error
