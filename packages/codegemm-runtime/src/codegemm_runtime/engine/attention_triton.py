@@ -1,0 +1,193 @@
+"""Attention of one new token a sequence in one launch: norm, rotation, append to the cache, attention, sum of parts.
+
+A program owns one sequence, one key head with its group of query heads, and one part of the keys. How many parts there
+are work for follows from the length on the device, so one captured launch is right for every context, and a short one
+does not pay for a long one: programs without keys return. The new token's key and value never travel through memory:
+the program of the last part starts its sums from them. The program that finishes last adds the parts up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from codegemm_runtime.engine.cache import KVCache, splits_for
+from codegemm_runtime.engine.decoder import Decoder
+from codegemm_runtime.engine.fused_triton import launch_options
+
+BLOCK = 64
+"""Keys of one step; a part is a multiple of it."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _turned(  # type: ignore[no-untyped-def]
+    start_ptr, line, inside, norm_ptr, eps, cos_ptr, sin_ptr,
+    D: tl.constexpr, PAIRS: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Rows [L, DP] of heads at start + line, normed and rotated, fp32; cos and sin [pairs] of their position."""
+    d = tl.arange(0, DP)
+    pair = tl.where(d < PAIRS, d, d - PAIRS)
+    rotated = d < 2 * PAIRS
+    partner = tl.where(rotated, tl.where(d < PAIRS, d + PAIRS, d - PAIRS), d)
+    x = tl.load(start_ptr + line[:, None] + d[None, :], mask=inside & (d < D)[None, :], other=0.0).to(tl.float32)
+    other = tl.load(start_ptr + line[:, None] + partner[None, :], mask=inside & (d < D)[None, :], other=0.0)
+    other = other.to(tl.float32)
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        x = x * inverse * (tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32) + OFFSET)[None, :]
+        weight = tl.load(norm_ptr + partner, mask=d < D, other=0.0).to(tl.float32) + OFFSET
+        other = other * inverse * weight[None, :]
+    cos = tl.load(cos_ptr + pair, mask=rotated, other=1.0)
+    sin = tl.load(sin_ptr + pair, mask=rotated, other=0.0)
+    return x * cos[None, :] + other * tl.where(d < PAIRS, -sin, sin)[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _capped(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores in units of log 2."""
+    scores = scores * scale
+    if SOFTCAP:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    return scores * 1.4426950408889634
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(x, data_ptr, scale_ptr, d, D: tl.constexpr, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store one entry x [DP] as the cache keeps it; returns what a reader of the cache would see, fp32."""
+    if INT8:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / 127, 1e-12)
+        codes = tl.floor(x / scale + 0.5)
+        tl.store(scale_ptr, scale)
+        tl.store(data_ptr + d, codes.to(tl.int8), mask=d < D)
+        return codes * scale
+    rounded = x.to(data_ptr.dtype.element_ty)
+    tl.store(data_ptr + d, rounded, mask=d < D)
+    return rounded.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode_attention(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, q_norm_ptr, k_norm_ptr, norm_eps, cos_ptr, sin_ptr,
+    keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, lengths_ptr, out_ptr, partial_ptr, weights_ptr, arrived_ptr,
+    capacity, window, scale, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, DP: tl.constexpr,
+    GP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    place = tl.program_id(0)
+    part = tl.program_id(1)
+    slot = (place // KV_HEADS).to(tl.int64)
+    head = place % KV_HEADS
+    position = tl.minimum(tl.load(lengths_ptr + slot), capacity - 1)
+    first = 0
+    if WINDOW:
+        first = tl.maximum(position + 1 - window, 0)
+    size = tl.maximum(tl.cdiv(tl.cdiv(position - first, BLOCK), SPLITS), 1) * BLOCK
+    parts = tl.maximum(tl.cdiv(position - first, size), 1)
+    if part >= parts:
+        return
+    d = tl.arange(0, DP)
+    row = tl.arange(0, GP)
+    live = (row < GROUP)[:, None]
+    cos_ptr += position * PAIRS
+    sin_ptr += position * PAIRS
+    q_start = q_ptr + slot * q_stride + head * GROUP * D
+    q = _turned(q_start, row * D, live, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, D, PAIRS, DP, NORM, OFFSET)
+    q = q.to(q_ptr.dtype.element_ty)
+    base = (slot * KV_HEADS + head) * capacity
+    top = tl.full([GP], float("-inf"), tl.float32)
+    weight = tl.zeros([GP], tl.float32)
+    sums = tl.zeros([GP, DP], tl.float32)
+    if part == parts - 1:
+        line = tl.zeros([1], tl.int32)
+        k_start = k_ptr + slot * k_stride + head * D
+        k = _turned(k_start, line, line[:, None] == 0, k_norm_ptr, norm_eps, cos_ptr, sin_ptr,
+                    D, PAIRS, DP, NORM, OFFSET)  # fmt: skip
+        k = tl.sum(k, axis=0).to(q_ptr.dtype.element_ty).to(tl.float32)
+        v = tl.load(v_ptr + slot * v_stride + head * D + d, mask=d < D, other=0.0).to(tl.float32)
+        k = _rounded(k, keys_ptr + (base + position) * D, key_scales_ptr + base + position, d, D, INT8)
+        v = _rounded(v, values_ptr + (base + position) * D, value_scales_ptr + base + position, d, D, INT8)
+        top = _capped(tl.sum(q.to(tl.float32) * k[None, :], axis=1), scale, softcap, SOFTCAP)
+        weight += 1.0
+        sums += v[None, :]
+    begin = first + part * size
+    end = tl.minimum(begin + size, position)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < end
+        entry = (base + at)[:, None] * D + d[None, :]
+        inside = there[:, None] & (d < D)[None, :]
+        keys = tl.load(keys_ptr + entry, mask=inside, other=0.0).to(q_ptr.dtype.element_ty)
+        values = tl.load(values_ptr + entry, mask=inside, other=0.0).to(q_ptr.dtype.element_ty)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        if INT8:
+            scores *= tl.load(key_scales_ptr + base + at, mask=there, other=0.0)[None, :]
+        scores = tl.where(there[None, :], _capped(scores, scale, softcap, SOFTCAP), float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp2(top - higher)
+        probabilities = tl.exp2(scores - higher[:, None])
+        weight = weight * shrink + tl.sum(probabilities, axis=1)
+        if INT8:
+            probabilities *= tl.load(value_scales_ptr + base + at, mask=there, other=0.0)[None, :]
+        sums = sums * shrink[:, None]
+        sums += tl.dot(probabilities.to(q_ptr.dtype.element_ty), values, input_precision="ieee")
+        top = higher
+    out_start = out_ptr + (slot * KV_HEADS + head) * GROUP * D
+    kept = live & (d < D)[None, :]
+    if parts == 1:
+        y = sums / weight[:, None]
+        tl.store(out_start + row[:, None] * D + d[None, :], y.to(out_ptr.dtype.element_ty), mask=kept)
+        return
+    mine = (place * GROUP + row) * SPLITS + part
+    tl.store(partial_ptr + mine[:, None] * D + d[None, :], sums, mask=kept)
+    tl.store(weights_ptr + mine * 2, top, mask=row < GROUP)
+    tl.store(weights_ptr + mine * 2 + 1, weight, mask=row < GROUP)
+    tl.debug_barrier()  # every thread's stores come before the count
+    if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == parts - 1:
+        tl.store(arrived_ptr + place, 0)  # for the next launch
+        index = tl.arange(0, SPLITS)
+        for g in tl.static_range(GROUP):
+            theirs = (place * GROUP + g) * SPLITS + index
+            tops = tl.load(weights_ptr + theirs * 2, mask=index < parts, other=float("-inf"), cache_modifier=".cg")
+            parts_weights = tl.load(weights_ptr + theirs * 2 + 1, mask=index < parts, other=0.0, cache_modifier=".cg")
+            there = (index < parts)[:, None] & (d < D)[None, :]
+            lines = tl.load(partial_ptr + theirs[:, None] * D + d[None, :], mask=there, other=0.0, cache_modifier=".cg")
+            shares = tl.exp2(tops - tl.max(tops, axis=0))
+            y = tl.sum(lines * shares[:, None], axis=0) / tl.sum(parts_weights * shares, axis=0)
+            tl.store(out_start + g * D + d, y.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def decode_attention(
+    decoder: Decoder, index: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, lengths: Tensor
+) -> Tensor:
+    """`attention.decode_attention`; lengths are int32."""
+    batch, width = q.shape
+    layer = decoder.layers[index]
+    group = decoder.heads // decoder.kv_heads
+    splits = splits_for(batch, decoder.kv_heads)
+    out = q.new_empty((batch, width))
+    normed = layer.q_norm is not None
+    q_norm, k_norm = layer.q_norm or layer.before_mlp, layer.k_norm or layer.before_mlp  # read where there are some
+    constants: dict[str, Any] = {
+        "KV_HEADS": decoder.kv_heads, "GROUP": group, "D": decoder.head_dim, "PAIRS": decoder.cos.shape[1],
+        "DP": triton.next_power_of_2(decoder.head_dim), "GP": max(triton.next_power_of_2(group), 16),
+        "BLOCK": BLOCK, "SPLITS": splits, "NORM": normed, "OFFSET": q_norm.offset,
+        "WINDOW": layer.window is not None, "SOFTCAP": decoder.attention_softcap is not None, "INT8": cache.int8,
+    }  # fmt: skip
+    scales = (cache.key_scales, cache.value_scales)
+    _decode_attention[(batch * decoder.kv_heads, splits)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), q_norm.weight, k_norm.weight, q_norm.eps,
+        decoder.cos, decoder.sin, cache.keys[index], cache.values[index],
+        *((each[index] for each in scales) if cache.int8 else scales),
+        lengths, out, cache.partial, cache.weights, cache.arrived,
+        cache.capacity, layer.window or 0, decoder.attention_scale, decoder.attention_softcap or 0.0,
+        **constants, num_warps=4, num_stages=2, **launch_options(q.device),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,188 @@
+"""The decode engine: a model, its cache, its captured steps, and the loop that makes tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from codegemm_kernels.errors import BadInput, NumericalError
+from codegemm_runtime.engine.cache import KVCache
+from codegemm_runtime.engine.decoder import Decoder, read_decoder
+from codegemm_runtime.engine.forward import prefill
+from codegemm_runtime.engine.memory import check_memory
+from codegemm_runtime.engine.sampling import Sampler, Sampling
+from codegemm_runtime.engine.steps import Steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_CHUNK = 2048
+"""Prompt tokens read at a time: every chunk dequantises all weights, and 2048 rows hide that behind the products."""
+_BUCKETS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make of some prompts."""
+
+    max_new_tokens: int = 128
+    """Largest number of new tokens of a sequence."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How tokens are chosen."""
+    sequences: int = 1
+    """Sequences made of each prompt."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a sequence; they are handed out too."""
+
+
+class Engine:
+    """Generates with one model. Sequences of a batch may have prompts of different lengths.
+
+    `batch` sequences of up to `context` tokens, prompt included, are in flight at most; more wait for their turn. On a
+    GPU a step is one captured graph a batch size, made at first use. Raises Unsupported (see `decoder`) for a model it
+    cannot run, BadInput where memory will not do.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, context: int | None = None, batch: int = 1, int8_cache: bool = False
+    ) -> None:
+        """`context` None is the model's own."""
+        self.decoder: Decoder = read_decoder(model)
+        self.context = min(context or self.decoder.context, self.decoder.context)
+        if not 1 <= batch <= _BUCKETS[-1]:
+            raise BadInput(f"the engine runs 1 to {_BUCKETS[-1]} sequences at a time, not {batch}")
+        self.batch = bucket(batch)
+        check_memory(self.decoder, self.batch, self.context, int8_cache, min(PREFILL_CHUNK, self.context))
+        self.cache = KVCache(self.decoder, self.batch, self.context, int8_cache)
+        self.sampler = Sampler(self.decoder, self.batch)
+        self.steps = Steps(self.decoder, self.cache, self.sampler)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], request: Request) -> Iterator[list[tuple[int, int]]]:
+        """Continue token lists; yields the (sequence, token) pairs of one step at a time, on a GPU a step late.
+
+        Sequence i * request.sequences + j is the j-th of prompt i. `stop` ends one early. Raises BadInput for an empty
+        prompt, one that does not fit or a token that is none; NumericalError for NaN in the first logits; after either
+        the engine takes the next request.
+        """
+        self._check(prompts, request)
+        self._stopped: set[int] = set()
+        try:
+            waiting = [i for i in range(len(prompts)) for _ in range(request.sequences)]
+            for start in range(0, len(waiting), self.batch):
+                yield from self._run(list(enumerate(waiting))[start : start + self.batch], prompts, request)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            longest = max(map(len, prompts))
+            raise BadInput(
+                f"the GPU has no memory left for a prompt of {longest} tokens: shorten it, or make the engine with a "
+                "smaller context or batch"
+            ) from error
+
+    def stop(self, sequence: int) -> None:
+        """End a sequence of the running request, because of its text for example."""
+        self._stopped.add(sequence)
+
+    def _check(self, prompts: Sequence[Sequence[int]], request: Request) -> None:
+        if request.max_new_tokens < 1:
+            raise BadInput(f"the number of new tokens must be at least 1, not {request.max_new_tokens}")
+        if request.sequences < 1:
+            raise BadInput(f"the number of sequences of a prompt must be at least 1, not {request.sequences}")
+        for i, prompt in enumerate(prompts):
+            which = "the prompt" if len(prompts) == 1 else f"prompt {i + 1}"
+            if not prompt:
+                raise BadInput(f"{which} has no tokens: give some text")
+            if len(prompt) + request.max_new_tokens > self.context:
+                raise BadInput(
+                    f"{which} has {len(prompt)} tokens and {request.max_new_tokens} new ones are wanted, but the "
+                    f"context holds {self.context}: shorten the prompt or ask for fewer tokens"
+                )
+            if min(prompt) < 0 or max(prompt) >= self.decoder.vocabulary:
+                raise BadInput(
+                    f"{which} has the token {max(prompt)}, but the model knows {self.decoder.vocabulary}: "
+                    "the tokenizer belongs to another model"
+                )
+
+    def _run(
+        self, members: list[tuple[int, int]], prompts: Sequence[Sequence[int]], request: Request
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Sequences (number, prompt) that are in flight together, from prefill to the last token."""
+        batch = bucket(len(members))
+        kind = request.sampling.kind
+        self.sampler.begin(request.sampling)
+        logits = self._read_prompts(members, prompts, batch, kind.penalised)
+        if logits.isnan().any():
+            raise NumericalError(
+                "the model's logits are NaN: its weights hold NaN or inf, or its dtype overflows; "
+                "check the checkpoint or write it again"
+            )
+        self.steps.feed(self.sampler.choose(logits, kind))
+        alive = {slot: sequence for slot, (sequence, _) in enumerate(members)}
+        pending: deque[Tokens] = deque([Tokens(self.steps.tokens[:batch])])
+        launched = 1
+        while alive:
+            # The next step is under way before the last one's tokens are read: the GPU never waits for Python.
+            if launched < request.max_new_tokens:
+                self.steps.advance(batch, kind)
+                pending.append(Tokens(self.steps.tokens[:batch]))
+                launched += 1
+            if not pending:
+                return
+            tokens = pending.popleft().read()
+            yield [(sequence, tokens[slot]) for slot, sequence in alive.items()]
+            alive = {
+                slot: sequence
+                for slot, sequence in alive.items()
+                if tokens[slot] not in request.ends and sequence not in self._stopped
+            }
+
+    def _read_prompts(
+        self, members: list[tuple[int, int]], prompts: Sequence[Sequence[int]], batch: int, note: bool
+    ) -> Tensor:
+        """Prefill every prompt once and copy it to its other sequences; logits [batch, vocabulary]."""
+        device = self.decoder.device
+        first: dict[int, int] = {}
+        rows: list[Tensor] = []
+        for slot, (_, i) in enumerate(members):
+            tokens = torch.tensor(prompts[i], device=device)
+            if i in first:
+                self.cache.copy_slot(first[i], slot, len(prompts[i]))
+                rows.append(rows[first[i]])
+            else:
+                first[i] = slot
+                rows.append(prefill(self.decoder, self.cache, tokens, slot, PREFILL_CHUNK))
+            if note:
+                self.sampler.see(slot, tokens)
+        spare = batch - len(members)
+        self.steps.set_lengths([len(prompts[i]) for _, i in members] + [0] * spare)
+        return torch.cat(rows + rows[:1] * spare)
+
+
+class Tokens:
+    """Tokens [batch] on their way to the host; a GPU goes on meanwhile."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        if tokens.is_cuda:
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        else:
+            self._host = tokens.clone()
+
+    def read(self) -> list[int]:
+        """Wait for them."""
+        if self._host.is_pinned():
+            self._done.synchronize()
+        tokens: list[int] = self._host.tolist()
+        return tokens
+
+
+def bucket(batch: int) -> int:
+    """The smallest batch size with captured steps that holds `batch` sequences."""
+    return next(size for size in _BUCKETS if size >= batch)
