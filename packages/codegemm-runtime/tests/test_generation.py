@@ -8,6 +8,7 @@ import torch
 
 from codegemm_kernels import BadInput, NumericalError
 from codegemm_runtime import generation, load_model, load_tokenizer
+from codegemm_runtime.engine.choice import find_engine
 from codegemm_runtime.generation import Chat, Sampling, generate_text
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}|{% endfor %}"
@@ -120,3 +121,28 @@ def test_model_without_a_chat_template(loaded: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(BadInput, match=r"no chat template.*generate"):
         Chat(model, tokenizer, Sampling(), 8)
+
+
+def test_the_engine_is_used_where_it_can_and_transformers_elsewhere(
+    loaded: Any, make_checkpoint: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer, _ = loaded
+    first = find_engine(model, 40)
+    assert first is not None and find_engine(model, 30) is first
+    assert generate_text(model, tokenizer, "abc", 8).tokens == 8
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()
+    assert find_engine(model, 30) not in (None, first)  # captured steps would read the old weights
+    assert not capsys.readouterr().err
+    model.generation_config.no_repeat_ngram_size = 2
+    for _ in range(2):
+        text = generate_text(model, tokenizer, "abc", 8, Sampling(repetition_penalty=1.2)).text
+    model.generation_config.no_repeat_ngram_size = None
+    with_penalty = generate_text(model, tokenizer, "abc", 8, Sampling(repetition_penalty=1.2)).text
+    model.generation_config.repetition_penalty = 1.2
+    assert generate_text(model, tokenizer, "abc", 8).text == with_penalty
+    assert text
+    assert capsys.readouterr().err.count("sets no_repeat_ngram_size in its generation_config") == 1
+    opt = load_model(make_checkpoint("opt", name="opt").folder, "cpu")
+    opt.generation_config.eos_token_id = None
+    assert generate_text(opt, tokenizer, "abc", 8).tokens == 8
+    assert "transformers: the model is of type opt" in capsys.readouterr().err

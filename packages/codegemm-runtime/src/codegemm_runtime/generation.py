@@ -13,27 +13,11 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from codegemm_kernels.errors import BadInput, NumericalError
+from codegemm_runtime.engine.choice import find_engine, request_for
+from codegemm_runtime.engine.sampling import Sampling as Sampling
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    """0 takes the most likely token; higher is more varied."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the sampling."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise BadInput(f"the temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise BadInput(f"top-p must be above 0 and at most 1, not {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -127,13 +111,20 @@ def generate_text(
     start = time.perf_counter()
     interrupted = False
     try:
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=_generation_config(model, sampling, max_new_tokens),
-            streamer=stream,
-            logits_processor=LogitsProcessorList([_FirstStepCheck()]),
-        )
+        engine = find_engine(model, ids.shape[1] + max_new_tokens)
+        if engine is not None:
+            stream.put(ids)
+            for step in engine.generate(ids.tolist(), request_for(model, sampling, max_new_tokens)):
+                stream.put(torch.tensor([token for _, token in step]))
+            stream.end()
+        else:
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=_generation_config(model, sampling, max_new_tokens),
+                streamer=stream,
+                logits_processor=LogitsProcessorList([_FirstStepCheck()]),
+            )
     except KeyboardInterrupt:
         if not keep_on_interrupt:
             raise
@@ -171,14 +162,23 @@ def _generation_config(model: PreTrainedModel, sampling: Sampling, max_new_token
         do_sample=not greedy,
         temperature=1.0 if greedy else sampling.temperature,
         top_p=sampling.top_p if not greedy else 1.0,
-        top_k=50 if greedy else 0,  # 50 is transformers' neutral default, anything else warns under greedy
+        top_k=50 if greedy else sampling.top_k,  # 50 is transformers' neutral default, others warn under greedy
+        cache_implementation="static" if _compiles(model) else None,
         max_new_tokens=max_new_tokens,
         max_length=None,
     )
+    if sampling.repetition_penalty != 1:
+        config.repetition_penalty = sampling.repetition_penalty
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else end
     return config
+
+
+def _compiles(model: PreTrainedModel) -> bool:
+    """Whether transformers compiles the decoding of this model, which it does with a static cache on one GPU."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) == 1 and model.device.type == "cuda" and bool(getattr(model, "_can_compile_fullgraph", False))
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
