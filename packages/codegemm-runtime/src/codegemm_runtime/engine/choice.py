@@ -30,6 +30,20 @@ def find_engine(model: PreTrainedModel, context: int, batch: int = 1) -> Engine 
 
     Says why once a model, on stderr. Raises BadInput where memory will not do.
     """
+    try:
+        _check_settings(model)
+        engine = _engine_of(model, context, batch)
+    except Unsupported as reason:
+        if _refused.get(model) != str(reason):
+            print(f"(generating with transformers: the model {reason})", file=sys.stderr)
+            _refused[model] = str(reason)
+        return None
+    # A rotation that changes with the length keeps the engine below the model's own limit.
+    return engine if engine.context >= context else None
+
+
+def _engine_of(model: PreTrainedModel, context: int, batch: int) -> Engine:
+    """The engine kept for `model` if it is large enough, else a new one in its place."""
     # Captured steps hold addresses: a model whose weights moved needs a new engine.
     places = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
     engine, known = _engines.get(model, (None, 0))
@@ -37,19 +51,10 @@ def find_engine(model: PreTrainedModel, context: int, batch: int = 1) -> Engine 
         return engine
     del engine
     _engines.pop(model, None)  # its cache is freed before the next one is made
-    try:
-        _check_settings(model)
-        size = _SMALLEST_CONTEXT
-        while size < context:
-            size *= 2
-        engine = Engine(model, size, batch)
-    except Unsupported as reason:
-        if _refused.get(model) != str(reason):
-            print(f"(generating with transformers: the model {reason})", file=sys.stderr)
-            _refused[model] = str(reason)
-        return None
-    if engine.context < context:  # the model's own limit is higher, but not with this rotation
-        return None
+    size = _SMALLEST_CONTEXT
+    while size < context:
+        size *= 2
+    engine = Engine(model, size, batch)
     _engines[model] = (engine, places)
     return engine
 
