@@ -42,6 +42,12 @@ for width, dtype, tolerance in ((96, torch.float32, 1e-6), (1536, torch.float16,
     for name, exact in (("silu", silu), ("gelu_tanh", gelu)):
         y = fused_triton.gated(gate, up, name)
         assert (y - exact).norm() <= tolerance * exact.norm(), (name, dtype)
+from codegemm_runtime.engine.head_triton import int8_product
+for rows, N, K in ((1, 70, 300), (17, 130, 512)):
+    codes = torch.randint(-128, 128, (N, K), dtype=torch.int8, device=device)
+    x, scales = torch.randn(rows, K, device=device), torch.rand(N, device=device)
+    exact = x.double() @ codes.double().T * scales.double()
+    assert (int8_product(x, codes, scales) - exact).norm() <= 1e-6 * exact.norm()
 print("equal")
 """
 ATTENTION = """

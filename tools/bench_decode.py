@@ -1,0 +1,333 @@
+"""Times decoding, token by token, of a whole model with random codes: table, JSON file and chart.
+
+Nothing is downloaded: shapes are built in, or come from a checkpoint folder with its own weights. The engine's steps
+start from a cache filled with noise, so a long context costs no prompt. floor_fraction is the time in which memory, at
+the speed of a large copy, delivers the bytes that a step must read, over the time measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_models import SHAPES, build
+
+BACKENDS = ("engine", "transformers", "dense", "aqlm-2x8", "aqlm-1x16")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to time."""
+
+    json: Path
+    """File for all rows; the chart goes beside it as .png."""
+    shape: str = "llama-3.1-8b"
+    """llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, or a checkpoint folder."""
+    scheme: tuple[str, ...] = ("m1v4g128",)
+    """Codebooks, vector length and scale group size; a folder has its own."""
+    batch: tuple[int, ...] = (1,)
+    """Sequences at a time."""
+    context: tuple[int, ...] = (128,)
+    """Tokens each sequence has at the start."""
+    prompt: tuple[int, ...] = ()
+    """Lengths of prompts whose reading and first token are timed."""
+    backends: str = "engine"
+    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm-2x8, aqlm-1x16."""
+    device: str = "cuda"
+    """cuda, cuda:0 or cpu."""
+    dtype: str = "float16"
+    """Type of activations and of whatever is not codes: float16, bfloat16 or float32."""
+    tokens: int = 64
+    """New tokens a run."""
+    runs: int = 5
+    """Runs, each from the same context."""
+    int8_cache: bool = False
+    """Keep keys and values as int8."""
+    int8_head: bool = False
+    """Keep the head as int8."""
+    start: bool = False
+    """Also write the model to a temporary folder and time from opening it to the first token."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+
+def main() -> None:
+    """Entry point."""
+    import tyro
+
+    config = tyro.cli(Bench, description=__doc__)
+    from codegemm_kernels.errors import run_command
+
+    sys.exit(run_command(lambda: run(config), debug=config.debug))
+
+
+def run(config: Bench) -> dict[str, Any]:
+    """Time everything and write the files; returns the rows."""
+    from codegemm_kernels.errors import BadInput
+    from codegemm_runtime.loading import choose_device
+
+    backends = [backend for backend in config.backends.split(",") if backend]
+    if not backends or set(backends) - set(BACKENDS):
+        raise BadInput(f"unknown backends in {config.backends!r}: choose from {', '.join(BACKENDS)}")
+    if config.shape not in SHAPES and not Path(config.shape).is_dir():
+        raise BadInput(f"unknown shape {config.shape!r}: choose from {', '.join(SHAPES)} or give a checkpoint folder")
+    device = choose_device(config.device)
+    rate = copy_rate(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{name}, copies at {rate / 1e9:.0f} GB/s", file=sys.stderr)
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy_rate": rate, "rows": []}
+    config.json.parent.mkdir(parents=True, exist_ok=True)
+    for backend in backends:
+        schemes = config.scheme if backend in ("engine", "transformers") and config.shape in SHAPES else ("",)
+        for scheme in schemes:
+            model = build(config.shape, backend, scheme, device, getattr(torch, config.dtype))
+            for row in TIMERS[backend](config, model, rate):
+                row = {"shape": config.shape, "scheme": scheme or backend, "backend": backend} | row
+                result["rows"].append(row)
+                say(row)
+                config.json.write_text(json.dumps(result, indent=1) + "\n")
+            del model
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    draw(result["rows"], config.json.with_suffix(".png"))
+    return {"rows": result["rows"]}
+
+
+def time_engine(config: Bench, model: Any, rate: float) -> Any:
+    """Rows of the engine, one a batch and context; then one a prompt."""
+    from codegemm_runtime.engine import Engine
+    from codegemm_runtime.engine.sampling import Kind
+
+    room = max((*config.context, *config.prompt)) + config.tokens + 8
+    start = time.perf_counter()
+    engine = Engine(model, room, max(config.batch), config.int8_cache, config.int8_head)
+    engine.steps.advance(1, Kind())
+    synchronise(model.device)
+    ready = time.perf_counter() - start
+    for tensor in (engine.cache.keys, engine.cache.values):
+        for layer in range(tensor.shape[0]):
+            tensor[layer].random_(-100, 100) if config.int8_cache else tensor[layer].normal_()
+    cache_bytes = engine.cache.keys.nbytes + engine.cache.values.nbytes
+    for batch in config.batch:
+        for context in config.context:
+
+            def decode(batch: int = batch, context: int = context) -> None:
+                engine.steps.set_lengths([context] * batch)
+                for _ in range(config.tokens):
+                    engine.steps.advance(batch, Kind())
+
+            read = cache_bytes // (engine.cache.slots * room) * batch * (context + config.tokens // 2)
+            timed = timings(decode, config, model.device)
+            yield row_of(timed, batch, context, weight_bytes(model, config.int8_head) + read, config, rate) | {
+                "engine_ready_seconds": ready, "weight_bytes": weight_bytes(model, config.int8_head),
+                "cache_bytes": cache_bytes, "memory_bytes": used_memory(model.device),
+            }  # fmt: skip
+    yield from (time_prompt(config, engine, length) for length in config.prompt)
+    if config.start:
+        yield {"start_seconds": time_start(config, model)}
+
+
+def time_prompt(config: Bench, engine: Any, length: int) -> dict[str, Any]:
+    """Milliseconds to read a prompt, to its first token, and the speed of the tokens that a caller sees."""
+    from codegemm_runtime.engine import Request
+    from codegemm_runtime.engine.forward import prefill
+
+    device = engine.decoder.device
+    tokens = torch.randint(0, engine.decoder.vocabulary, (length,), device=device)
+    prompt = tokens.tolist()
+    first, streamed = [], []
+
+    def stream() -> None:
+        start = time.perf_counter()
+        steps = engine.generate([prompt], Request(config.tokens))
+        next(steps)
+        first.append(time.perf_counter() - start)
+        made = 1 + sum(1 for _ in steps)
+        streamed.append(made / (time.perf_counter() - start - first[-1]))
+
+    with torch.no_grad():
+        wall = timings(lambda: prefill(engine.decoder, engine.cache, tokens, 0, 2048), config, device)["wall"]
+        timings(stream, config, device)
+    return {
+        "prompt": length,
+        "prefill_ms": statistics.mean(wall) * 1e3,
+        "prefill_ms_std": statistics.stdev(wall) * 1e3,
+        "first_token_ms": statistics.median(first[1:]) * 1e3,
+        "streamed_tokens_per_second": statistics.median(streamed[1:]),
+    }
+
+
+def time_start(config: Bench, model: Any) -> float:
+    """Seconds from a folder on disk to the first token of a 128-token prompt."""
+    from codegemm_kernels import CheckpointMetadata, CodebookScheme
+    from codegemm_runtime import load_model
+    from codegemm_runtime.engine import Engine, Request
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        path = Path(folder) / "config.json"
+        metadata = CheckpointMetadata(CodebookScheme.parse(config.scheme[-1]), {}, ("lm_head",))
+        settings = json.loads(path.read_text()) | {"quantization_config": metadata.to_quantization_config()}
+        path.write_text(json.dumps(settings))
+        start = time.perf_counter()
+        engine = Engine(load_model(folder, model.device), 256)
+        next(engine.generate([list(range(128))], Request(2)))
+        return time.perf_counter() - start
+
+
+def time_generate(config: Bench, model: Any, rate: float) -> Any:
+    """Rows of transformers' generate: the difference between a longer and a shorter answer to one prompt."""
+    more, less = max(config.tokens // 4, 8), 4
+
+    def answer(ids: torch.Tensor, count: int) -> None:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            pad_token_id=0,
+        )
+
+    for batch in config.batch:
+        for context in config.context:
+            ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
+            walls = [
+                timings(lambda count=count, ids=ids: answer(ids, count), config, model.device)["wall"]
+                for count in (less + more, less)
+            ]
+            wall = [(one - other) * config.tokens / more for one, other in zip(*walls, strict=True)]
+            timed: dict[str, list[float]] = {"wall": wall, "event": []}
+            shape = model.config
+            width = shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
+            read = 2 * shape.num_hidden_layers * width * model.dtype.itemsize * batch * context
+            yield row_of(timed, batch, context, weight_bytes(model, False) + read, config, rate) | {
+                "memory_bytes": used_memory(model.device)
+            }
+
+
+TIMERS: dict[str, Callable[[Bench, Any, float], Any]] = {
+    "engine": time_engine,
+    "dense": time_engine,
+    "transformers": time_generate,
+    "aqlm-2x8": time_generate,
+    "aqlm-1x16": time_generate,
+}
+
+
+def row_of(
+    timed: dict[str, list[float]], batch: int, context: int, read: int, config: Bench, rate: float
+) -> dict[str, Any]:
+    """A row from the seconds of each run."""
+    wall = statistics.mean(timed["wall"]) / config.tokens
+    return {
+        "batch": batch,
+        "context": context,
+        "tokens_per_second": batch / wall,
+        "tokens_per_second_std": statistics.pstdev([batch * config.tokens / each for each in timed["wall"]]),
+        "ms_per_token": wall * 1e3,
+        "event_ms_per_token": statistics.mean(timed["event"]) / config.tokens * 1e3 if timed["event"] else None,
+        "floor_fraction": read / rate / wall,
+    }
+
+
+def timings(call: Callable[[], None], config: Bench, device: torch.device) -> dict[str, list[float]]:
+    """Wall and CUDA-event seconds of each run, after one that does not count."""
+    wall, event = [], []
+    for _ in range(config.runs + 1):
+        synchronise(device)
+        if device.type == "cuda":
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            marks[0].record()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            marks[1].record()
+        synchronise(device)
+        wall.append(time.perf_counter() - start)
+        if device.type == "cuda":
+            event.append(marks[0].elapsed_time(marks[1]) / 1e3)
+    return {"wall": wall[1:], "event": event[1:]}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the GPU, where there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def weight_bytes(model: Any, int8_head: bool) -> int:
+    """Bytes of weights that a step reads: layers, last norm and head, but of the embedding only a few rows."""
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    size = sum(parameter.nbytes for parameter in model.parameters() if parameter is not embedding)
+    size += head.nbytes if head is embedding else 0
+    return size - (head.nbytes - head.numel() if int8_head else 0)
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes taken on the GPU, whoever has them; of a CPU nothing is known."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written: the memory's practical ceiling."""
+    source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 28), dtype=torch.uint8, device=device)
+    target = source.clone()
+    best = float("inf")
+    for _ in range(5):
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            target.copy_(source)
+        synchronise(device)
+        best = min(best, (time.perf_counter() - start) / 4)
+    return 2 * source.numel() / best
+
+
+def say(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    what = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+    print(what, file=sys.stderr, flush=True)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second of each backend, scheme and context over the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    rows = [row for row in rows if "batch" in row]
+    for backend, scheme, context in sorted({(row["backend"], row["scheme"], row["context"]) for row in rows}):
+        line = sorted(
+            (row["batch"], row["tokens_per_second"], row["tokens_per_second_std"])
+            for row in rows
+            if (row["backend"], row["scheme"], row["context"]) == (backend, scheme, context)
+        )
+        axes.errorbar(*zip(*line, strict=True), marker="o", label=f"{backend} {scheme}, context {context}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("sequences at a time")
+    axes.set_ylabel("tokens a second")
+    axes.set_title(rows[0]["shape"] if rows else "")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
