@@ -18,7 +18,6 @@ from codegemm_eval.score import evaluate_folder
 from codegemm_kernels import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART = ROOT / "tools" / "quickstart.py"
 VALIDATION = ROOT / "models" / "pylm-4m" / "validation.txt"
 KEYS = {
     "model",
@@ -34,26 +33,8 @@ KEYS = {
     "sample",
     "checkpoint",
 }
-SMALL = ("--samples", "12", "--sequence-length", "128", "--epochs", "1", "--window", "128", "--windows", "8")
 NOT_OF_THE_RUNTIME = ("codegemm", "_codegemm", "__editable__", "datasets", "lm_eval", "matplotlib", "pyarrow")
 PROMPT = "import os\n\n\ndef "
-
-
-def quickstart(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(QUICKSTART), "--device", "cpu", *arguments]
-    # One thread: on a busy machine the threads of such small products wait for each other, 33 s become 220 s.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory):
-    """JSON of a quickstart that takes seconds."""
-    out = tmp_path_factory.mktemp("quickstart")
-    done = quickstart(*SMALL, "--out", str(out), "--max-new-tokens", "8")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1, "stdout holds nothing but the JSON line"
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +98,8 @@ def test_a_text_file_is_split_into_disjoint_parts(quickstart_tool, tmp_path):
         (("--scheme", "m9v4g128"), "m9v4g128"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, message, tmp_path):
-    done = quickstart(*SMALL, *arguments, "--out", str(tmp_path))
+def test_bad_input_is_one_sentence(quickstart, arguments, message, tmp_path):
+    done = quickstart(*arguments, "--out", str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert message in done.stderr.splitlines()[-1]
