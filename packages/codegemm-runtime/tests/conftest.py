@@ -195,9 +195,10 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     # Importing torch and transformers takes twice as long where their bytecode may not be kept.
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=300,

@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ import pytest
 
 pytest.importorskip("tyro", reason="only the command line needs tyro")
 
+from codegemm_kernels import NumericalError
+from codegemm_runtime import load_tokenizer
 from codegemm_runtime.cli import main
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}|{% endfor %}"
@@ -69,12 +68,24 @@ def test_bad_input_in_a_process_of_its_own(run_python: Run) -> None:
         (("generate", "{folder}", "--prompt", "x" * 100), ("100 tokens", "holds 64")),
         (("generate", "{folder}", "--prompt", "x", "--device", "gpu"), ("gpu",)),
         (("generate", "{folder}", "--prompt", "x", "--temperature", "-1"), ("temperature",)),
-        (("chat", "{folder}"), ("no chat template",)),
+        (("generate", "{folder}"), ("--prompt TEXT or --prompts FILE",)),
+        (("generate", "{folder}", "--prompt", "x", "--out", "x.jsonl"), ("--out needs --prompts",)),
+        (("generate", "{folder}", "--prompts", "nowhere.txt"), ("nowhere.txt",)),
+        (("generate", "{folder}", "--prompts", "{folder}/empty.txt"), ("empty.txt holds no prompts",)),
+        (("generate", "{folder}", "--prompts", "{folder}/bad.jsonl"), ("line 3 of", "not valid JSON")),
+        (("generate", "{folder}", "--prompts", "{folder}/odd.jsonl"), ("line 1 of", "called prompt")),
+        (("generate", "{folder}", "--prompts", "{folder}/bad.jsonl", "--batch", "0"), ("line 3",)),
+        (("chat", "{folder}"), ("no chat template", "--plain")),
+        (("convert", "{folder}", "{folder}"), ("exists",)),
+        (("convert", "{folder}", "{folder}/out"), ("is codegemm already",)),
     ],
 )
 def test_bad_input(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "bad.jsonl").write_text('"one"\n\n{"prompt": ')
+    (folder / "odd.jsonl").write_text('{"text": "one"}')
     status = main([argument.format(folder=folder) for argument in arguments])
     assert_one_sentence(status, *capsys.readouterr(), *parts)
 
@@ -124,35 +135,84 @@ def test_chat(
     assert "holds 64" in stderr
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    make_checkpoint: Callable[..., Any], write_tokenizer: Callable[..., None]
+def test_chat_survives_a_failed_request(
+    folder: Path,
+    write_tokenizer: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checkpoint = make_checkpoint(name="long")
-    checkpoint.edit_config(max_position_embeddings=100_000)
-    config = json.loads((checkpoint.folder / "generation_config.json").read_text())
-    (checkpoint.folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    write_tokenizer(checkpoint.folder, TEMPLATE)
-    arguments = ("chat", str(checkpoint.folder), "--max-new-tokens", "50000", "--device", "cpu")
-    process = subprocess.Popen(
-        [sys.executable, *SCRIPT, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(b"hi\n")
-        process.stdin.flush()
-        assert process.stdout.read(1)  # streaming has begun
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, stderr.decode()
-    assert b"[stopped]" in stdout
-    summary = last_json(stdout.decode(errors="replace"))
-    assert summary["turns"] == 1
-    assert 0 < summary["tokens"] < 50_000
+    """Without template only with --plain; an answer of NaN costs that answer and not the program."""
+    from codegemm_runtime import chat, generation
+
+    write_tokenizer(folder)
+    asked = []
+
+    def fail_once(*arguments: Any, **options: Any) -> generation.Generation:
+        asked.append(arguments[2].tolist()[0])
+        if len(asked) == 1:
+            raise NumericalError("the model's logits are NaN")
+        return generation.Generation("fine", 1, 1.0, 0.5)
+
+    monkeypatch.setattr(chat, "generate_text", fail_once)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nhow?\nwhy?\n"))
+    assert main(["chat", str(folder), "--max-new-tokens", "6", "--device", "cpu", "--plain"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert last_json(stdout)["turns"] == 2
+    assert "error: the model's logits are NaN" in stderr
+    decode = load_tokenizer(folder).decode
+    assert [decode(ids) for ids in asked] == ["hi", "how?", "how?\nfine\nwhy?"]
+
+
+def test_commands_start_without_loading_bars(run_python: Run, folder: Path) -> None:
+    result = run_python(*SCRIPT, "generate", str(folder), "--prompt", "-", "--max-new-tokens", "2", stdin="some text")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+PROMPTS = {
+    "lines.txt": "one\r\n\ntwo\nthree\n" + "x" * 100 + "\nfive",
+    "objects.jsonl": '"one"\n{"prompt": "two", "id": 7}\n\n"three"\n' + json.dumps("x" * 100) + '\n"five"',
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_many_prompts(
+    make_checkpoint: Callable[..., Any],
+    write_tokenizer: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    architecture: str,
+) -> None:
+    """By the engine and by transformers: each prompt's text is what it gets alone, and a bad one stops nobody."""
+    folder = make_checkpoint(architecture).folder
+    write_tokenizer(folder)
+    (tmp_path / name).write_text(PROMPTS[name], newline="")
+    options = ["--max-new-tokens", "7", "--device", "cpu"]
+    arguments = ["generate", str(folder), "--prompts", str(tmp_path / name), "--batch", "3", *options]
+    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 2  # one of them failed
+    stdout, stderr = capsys.readouterr()
+    summary = last_json(stdout)
+    assert (summary["prompts"], summary["failed"], summary["out"]) == (5, 1, str(tmp_path / "out.jsonl"))
+    assert "5/5" in stderr
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "two", "three", "x" * 100, "five"]
+    assert "holds 64" in answers.pop(3)["error"]
+    assert summary["tokens"] == sum(answer["tokens"] for answer in answers)
+    for answer in answers:
+        assert main(["generate", str(folder), "--prompt", answer["prompt"], *options]) == 0
+        alone = last_json(capsys.readouterr().out)
+        assert (answer["text"], answer["tokens"]) == (alone["text"], alone["tokens"])
+    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_many_prompts_through_pipes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["generate", str(folder), "--prompts", "-", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("prompt") for line in lines] == ["one", "two", None]
+    assert lines[-1]["failed"] == 0

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from codegemm_kernels import BadInput, NumericalError
-from codegemm_runtime import generation, load_model, load_tokenizer
+from codegemm_runtime import load_model, load_tokenizer
 from codegemm_runtime.engine.choice import find_engine
-from codegemm_runtime.generation import Chat, Sampling, generate_text
+from codegemm_runtime.generation import Sampling, generate_text
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}|{% endfor %}"
 
@@ -73,54 +73,6 @@ def test_what_cannot_be_generated(loaded: Any, prompt: Any, tokens: int, message
 def test_sampling_is_checked(options: dict[str, float]) -> None:
     with pytest.raises(BadInput):
         Sampling(**options)
-
-
-def test_chat_remembers_and_forgets_the_oldest(loaded: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer, _ = loaded
-    chat = Chat(model, tokenizer, Sampling(), 8, [{"role": "system", "content": "S"}])
-    seen: list[str] = []
-    chat.answer("one", seen.append)
-    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
-    assert chat.messages[-1]["content"] == "".join(seen)
-    for _ in range(5):
-        chat.answer("another", seen.append)
-    assert chat.messages[0]["content"] == "S"
-    assert chat.messages[1]["content"] == "another"
-    assert "forgotten" in capsys.readouterr().err
-    before = list(chat.messages)
-    with pytest.raises(BadInput, match="holds 64"):
-        chat.answer("x" * 80, seen.append)
-    assert chat.messages[0] == before[0]
-    assert "x" * 80 not in [message["content"] for message in chat.messages]
-
-
-def test_interrupting_an_answer_keeps_what_was_said(loaded: Any) -> None:
-    model, tokenizer, _ = loaded
-    chat = Chat(model, tokenizer, Sampling(), 30)
-    written: list[str] = []
-    original = generation._Stream.put
-
-    def interrupt_after_five(self: Any, value: torch.Tensor) -> None:
-        original(self, value)
-        if len(self.tokens) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation._Stream, "put", interrupt_after_five)
-        result = chat.answer("hello", written.append)
-        assert result.interrupted
-        assert (result.tokens, "".join(written)) == (5, result.text)
-        assert chat.messages[-1] == {"role": "assistant", "content": result.text}
-        with pytest.raises(KeyboardInterrupt):
-            generate_text(model, tokenizer, "hello", 30)
-    assert not chat.answer("again", written.append).interrupted
-
-
-def test_model_without_a_chat_template(loaded: Any) -> None:
-    model, tokenizer, _ = loaded
-    tokenizer.chat_template = None
-    with pytest.raises(BadInput, match=r"no chat template.*generate"):
-        Chat(model, tokenizer, Sampling(), 8)
 
 
 def test_the_engine_is_used_where_it_can_and_transformers_elsewhere(

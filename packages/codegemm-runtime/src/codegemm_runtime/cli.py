@@ -10,23 +10,33 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from codegemm_kernels.errors import BadInput, run_command
+from codegemm_kernels.errors import BadInput, NumericalError, run_command
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt, streaming the text to stdout; the last line is JSON."""
+    """Continue one prompt, streaming the text to stdout, or many, as JSON lines; the last line is JSON."""
 
     model: tyro.conf.Positional[str]
     """Checkpoint folder (dense, codegemm or published) or hub name."""
-    prompt: str
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; - reads it from stdin."""
+    prompts: str | None = None
+    """File of prompts to continue all: one a line, or .jsonl with strings or {"prompt": ...}; - for stdin."""
+    out: Path | None = None
+    """Where the JSON lines of --prompts go; default: stdout."""
+    batch: int = 8
+    """Prompts continued at a time."""
     max_new_tokens: int = 128
     """Largest number of new tokens."""
     temperature: float = 0.0
     """0 takes the most likely token; higher is more varied."""
     top_p: float = 1.0
     """Sample from the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that occurred already become less likely."""
     seed: int = 0
     """Seed of the sampling."""
     device: str | None = None
@@ -38,26 +48,38 @@ class Generate:
         """Load, generate and return the JSON object."""
         from codegemm_runtime.loading import load_model, load_tokenizer
 
-        if not self.prompt:
+        if (self.prompt is None) == (self.prompts is None):
+            raise BadInput("give either --prompt TEXT or --prompts FILE")
+        if self.out is not None and (self.out.exists() or self.prompts is None):
+            raise BadInput(f"{self.out} exists: choose another file" if self.prompts else "--out needs --prompts")
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        if prompt == "":
             raise BadInput("the prompt is empty: give at least one character")
         tokenizer = load_tokenizer(self.model)
+        from codegemm_runtime import prompts
         from codegemm_runtime.generation import Sampling, generate_text
 
-        sampling = Sampling(self.temperature, self.top_p, self.seed)
+        sampling = Sampling(self.temperature, self.top_p, self.seed, self.top_k, self.repetition_penalty)
+        several = [] if self.prompts is None else prompts.read_prompts(self.prompts)
         model = load_model(self.model, self.device)
-        generation = generate_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling, _write)
+        if prompt is None:
+            answers = prompts.continue_prompts(model, tokenizer, several, self.max_new_tokens, sampling, self.batch)
+            return prompts.write_answers(answers, len(several), self.out)
+        generation = generate_text(model, tokenizer, prompt, self.max_new_tokens, sampling, _write)
         print(flush=True)
         return generation.summary()
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Talk to a model that has a chat template. Ctrl-C stops an answer, Ctrl-D or an empty line ends the program."""
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D or an empty line ends the program."""
 
     model: tyro.conf.Positional[str]
     """Checkpoint folder (dense, codegemm or published) or hub name."""
     system: str | None = None
     """System message that opens the conversation."""
+    plain: bool = False
+    """Without chat template: continue the text of the conversation."""
     max_new_tokens: int = 512
     """Largest number of tokens in an answer."""
     temperature: float = 0.7
@@ -76,18 +98,21 @@ class Chat:
         from codegemm_runtime.loading import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(self.model)
-        from codegemm_runtime import generation
+        from codegemm_runtime import chat
+        from codegemm_runtime.generation import Sampling
 
-        sampling = generation.Sampling(self.temperature, self.top_p, self.seed)
+        sampling = Sampling(self.temperature, self.top_p, self.seed)
         messages = [{"role": "system", "content": self.system}] if self.system else []
         # The model comes second: a missing template is known before minutes of loading.
-        generation.check_chat_template(tokenizer)
-        chat = generation.Chat(load_model(self.model, self.device), tokenizer, sampling, self.max_new_tokens, messages)
+        if not self.plain:
+            chat.check_chat_template(tokenizer)
+        model = load_model(self.model, self.device)
+        conversation = chat.Chat(model, tokenizer, sampling, self.max_new_tokens, messages, self.plain)
         turns = tokens = 0
         while question := _ask():
             try:
-                answer = chat.answer(question, _write)
-            except BadInput as error:
+                answer = conversation.answer(question, _write)
+            except (BadInput, NumericalError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 continue
             print(" [stopped]" if answer.interrupted else "", flush=True)
@@ -147,9 +172,20 @@ def _write(text: str) -> None:
 
 
 def _ask() -> str:
-    """The next question; empty at the end of input."""
-    print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip()
+    """The next question; empty at the end of input. Ctrl-C gives up the line, not the program."""
+    while True:
+        try:
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                import readline  # noqa: F401  (importing it gives input() line editing and a history)
+
+                return input("> ").strip()
+            print("> ", end="", file=sys.stderr, flush=True)
+            return sys.stdin.readline().strip()
+        except EOFError:
+            print()
+            return ""
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or an empty line ends the chat)", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> Mapping[str, Any]:
         nonlocal status
         result = command.run()
-        status = 2 if result.get("problems") else 0
+        status = 2 if result.get("problems") or result.get("failed") else 0
         return result
 
     return run_command(run, debug=command.debug) or status

@@ -1,12 +1,11 @@
-"""Generating text as a stream: one prompt, or a conversation."""
+"""Generating text as a stream."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,16 +93,16 @@ def generate_text(
 ) -> Generation:
     """Continue `prompt` (text, or token ids [1, length]), handing pieces of text to `write` as they are finished.
 
-    Raises BadInput for an empty prompt or one that leaves no room in the model's context. NumericalError for NaN in the
-    first logits. Ctrl-C is passed on, or, with
-    `keep_on_interrupt`, ends the generation with what there is.
+    Raises BadInput for a prompt that the model cannot take (`check_prompt`) or for which memory does not do,
+    NumericalError for NaN in the first logits. Ctrl-C is passed on, or, with `keep_on_interrupt`, ends the generation
+    with what there is.
     """
     if max_new_tokens < 1:
         raise BadInput(f"the number of new tokens must be at least 1, not {max_new_tokens}")
     if isinstance(prompt, str) and not prompt:
         raise BadInput("the prompt is empty: give at least one character")
     ids = tokenizer(prompt, return_tensors="pt").input_ids if isinstance(prompt, str) else prompt
-    check_room(model, ids.shape[1], max_new_tokens)
+    check_prompt(model, ids, max_new_tokens)
     sampling = sampling or Sampling()
     stream = _Stream(tokenizer, write)
     ids = ids.to(model.device)
@@ -121,10 +120,16 @@ def generate_text(
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=_generation_config(model, sampling, max_new_tokens),
+                generation_config=generation_config(model, sampling, max_new_tokens),
                 streamer=stream,
                 logits_processor=LogitsProcessorList([_FirstStepCheck()]),
             )
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise BadInput(
+            f"there is no memory left on {model.device} for a prompt of {ids.shape[1]} tokens and {max_new_tokens} new "
+            f"ones ({str(error).split('. ')[0]}): shorten them, or load the model with --device auto"
+        ) from error
     except KeyboardInterrupt:
         if not keep_on_interrupt:
             raise
@@ -142,19 +147,26 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length
 
 
-def check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise BadInput unless prompt and answer fit the model's context together."""
-    if prompt_tokens == 0:
+def check_prompt(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> None:
+    """Raise BadInput unless ids [1, length] are tokens of the model and fit its context together with the answer."""
+    length = ids.shape[1]
+    if length == 0:
         raise BadInput("the prompt has no tokens: give some text")
-    context = context_length(model)
-    if context is not None and prompt_tokens + max_new_tokens > context:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= vocabulary:
         raise BadInput(
-            f"the prompt has {prompt_tokens} tokens and {max_new_tokens} new ones are wanted, but the model's context "
+            f"the prompt has the token {int(ids.max())}, but the model knows {vocabulary}: "
+            "the tokenizer belongs to another model"
+        )
+    context = context_length(model)
+    if context is not None and length + max_new_tokens > context:
+        raise BadInput(
+            f"the prompt has {length} tokens and {max_new_tokens} new ones are wanted, but the model's context "
             f"holds {context}: shorten the prompt or ask for fewer tokens"
         )
 
 
-def _generation_config(model: PreTrainedModel, sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
+def generation_config(model: PreTrainedModel, sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
     """The model's own settings (end and padding tokens above all) with our sampling."""
     config: GenerationConfig = copy.deepcopy(model.generation_config)
     greedy = sampling.temperature == 0
@@ -179,59 +191,3 @@ def _compiles(model: PreTrainedModel) -> bool:
     """Whether transformers compiles the decoding of this model, which it does with a static cache on one GPU."""
     devices = {parameter.device for parameter in model.parameters()}
     return len(devices) == 1 and model.device.type == "cuda" and bool(getattr(model, "_can_compile_fullgraph", False))
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise BadInput when the model was not trained to chat."""
-    if not tokenizer.chat_template:
-        raise BadInput(
-            f"{tokenizer.name_or_path} has no chat template, so it was not trained to chat: "
-            "use `codegemm-runtime generate`"
-        )
-
-
-@dataclass
-class Chat:
-    """A conversation with a model that has a chat template. Raises BadInput when it has none."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    sampling: Sampling
-    max_new_tokens: int
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check_chat_template(self.tokenizer)
-
-    def answer(self, question: str, write: Callable[[str], object]) -> Generation:
-        """Ask and stream the answer; the oldest turns are dropped when the context is full. Ctrl-C ends the answer.
-
-        Raises BadInput when the question alone does not fit.
-        """
-        self.messages.append({"role": "user", "content": question})
-        try:
-            ids = self._fitting_ids()
-            generation = generate_text(
-                self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, write, keep_on_interrupt=True
-            )
-        except BadInput:
-            self.messages.pop()
-            raise
-        self.messages.append({"role": "assistant", "content": generation.text})
-        return generation
-
-    def _fitting_ids(self) -> torch.Tensor:
-        while True:
-            encoded = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            ids: torch.Tensor = encoded["input_ids"]
-            try:
-                check_room(self.model, ids.shape[1], self.max_new_tokens)
-                return ids
-            except BadInput:
-                turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-                if len(turns) < 2:
-                    raise
-                del self.messages[turns[0] : turns[1]]
-                print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +51,29 @@ def load_model(
     if getattr(config, "quantization_config", None) is None:
         _check_dense(folder, config, headers)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=target, use_safetensors=True, trust_remote_code=False
-        )
+        with _no_loading_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, device_map=target, use_safetensors=True, trust_remote_code=False
+            )
     except torch.OutOfMemoryError as error:
         size = sum(header.nbytes for header in headers.values()) / 2**30
         raise BadInput(f"{folder} ({size:.1f} GiB) does not fit on {target}: try --device cpu or auto") from error
     loaded: PreTrainedModel = model
     return loaded
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Without transformers' bar, which would be the first thing on every command's stderr."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

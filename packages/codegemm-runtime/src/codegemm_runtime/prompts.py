@@ -1,0 +1,131 @@
+"""Many prompts at once: reading them, continuing them in batches, one JSON object a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from codegemm_kernels.errors import BadInput
+from codegemm_runtime.engine.choice import find_engine, request_for
+from codegemm_runtime.generation import Sampling, check_prompt, generation_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a file, `-` for stdin: one a line, or in a .jsonl file strings or objects with a `prompt`.
+
+    Raises BadInput for a file that cannot be read, a line that is no prompt, and when there are none.
+    """
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the prompts in {source} cannot be read: {error}") from error
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise BadInput(f"{source} holds no prompts: write one a line")
+    if not source.endswith(".jsonl"):
+        return [line.removesuffix("\r") for _, line in lines]
+    return [_prompt_of(line, f"line {i} of {source}") for i, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where} is not valid JSON ({error})") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise BadInput(f"{where} is neither a string nor an object with a string called prompt")
+    return prompt
+
+
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    batch: int,
+) -> Iterator[dict[str, Any]]:
+    """Continue every prompt, `batch` at a time; yields {"prompt", "text", "tokens"} for each, in order.
+
+    A prompt that cannot be continued gives {"prompt", "error"} and stops nobody else.
+    """
+    if batch < 1 or max_new_tokens < 1:
+        raise BadInput(f"the batch ({batch}) and the number of new tokens ({max_new_tokens}) must be at least 1")
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        results: list[dict[str, Any]] = []
+        sound: dict[int, list[int]] = {}
+        for i, prompt in enumerate(part):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            try:
+                check_prompt(model, ids, max_new_tokens)
+                sound[i] = ids[0].tolist()
+                results.append({"prompt": prompt})
+            except BadInput as error:
+                results.append({"prompt": prompt, "error": str(error)})
+        # Another seed for each batch: equal prompts of two batches would get equal answers.
+        varied = replace(sampling, seed=sampling.seed + start)
+        answers = _continue(model, list(sound.values()), max_new_tokens, varied) if sound else []
+        for i, tokens in zip(sound, answers, strict=True):
+            results[i] |= {"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": len(tokens)}
+        yield from results
+
+
+def write_answers(answers: Iterable[dict[str, Any]], total: int, out: Path | None) -> dict[str, Any]:
+    """Write each answer as a JSON line to `out`, or to stdout, as it comes; returns the totals."""
+    failed = tokens = 0
+    start = time.perf_counter()
+    with (
+        out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as stream,
+        tqdm(total=total, desc="generate", unit="prompt", dynamic_ncols=True) as progress,
+    ):
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False), file=stream, flush=True)
+            failed += "error" in answer
+            tokens += answer.get("tokens", 0)
+            progress.set_postfix(tokens=tokens, failed=failed)
+            progress.update()
+    seconds = time.perf_counter() - start
+    totals = {"prompts": total, "failed": failed, "tokens": tokens, "seconds": seconds}
+    return totals | {"tokens_per_second": tokens / seconds, "out": None if out is None else str(out)}
+
+
+def _continue(model: PreTrainedModel, ids: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
+    """New tokens of each sequence, the one that ends it included."""
+    engine = find_engine(model, max(map(len, ids)) + max_new_tokens, len(ids))
+    if engine is not None:
+        tokens: list[list[int]] = [[] for _ in ids]
+        for step in engine.generate(ids, request_for(model, sampling, max_new_tokens)):
+            for sequence, token in step:
+                tokens[sequence].append(token)
+        return tokens
+    config = generation_config(model, sampling, max_new_tokens)
+    padding = 0 if config.pad_token_id is None else config.pad_token_id
+    width = max(map(len, ids))
+    padded = torch.tensor([[padding] * (width - len(each)) + each for each in ids])
+    mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in ids])
+    torch.manual_seed(sampling.seed)
+    out: Tensor = model.generate(
+        padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+    )
+    ends = set(request_for(model, sampling, max_new_tokens).ends)
+    return [_until_end(row, ends) for row in out[:, width:].tolist()]
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
