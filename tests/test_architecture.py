@@ -174,6 +174,15 @@ def test_versions_are_in_lockstep():
     assert pins == versions
 
 
+def test_every_package_carries_the_licence():
+    """As a copy: a build sees only the package's folder, and archives drop links."""
+    for path in tracked("packages/*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        assert project["license-files"] == ["LICENSE", "NOTICE"]
+        for file in project["license-files"]:
+            assert (path.parent / file).read_bytes() == (ROOT / file).read_bytes(), f"{name(path)}: {file}"
+
+
 def console_scripts() -> list[str]:
     projects = [tomllib.loads(path.read_text())["project"] for path in tracked("packages/*/pyproject.toml")]
     return sorted(script for project in projects for script in project.get("scripts", {}))

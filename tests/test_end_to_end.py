@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,11 @@ def venv_of_wheels(folder: Path) -> Path:
 
     for package in ("codegemm-kernels", "codegemm-runtime"):
         run("build", "--package", package, "--wheel", "--out-dir", folder / "dist")
+    for wheel in (folder / "dist").glob("*.whl"):
+        inside = {
+            name.rpartition("/")[2] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name
+        }
+        assert inside == {"LICENSE", "NOTICE"}, wheel.name
     run("venv", "--python", sys.executable, folder / "venv")
     python = folder / "venv" / "bin" / "python"
     run("pip", "install", "--python", python, "--no-deps", *sorted((folder / "dist").glob("*.whl")))
