@@ -85,3 +85,50 @@ def test_random_damage_never_crashes(make_checkpoint: Callable[..., Any]) -> Non
         assert isinstance(inspect_folder(checkpoint.folder).table(), str)
     os.truncate(path, 3)
     assert inspect_folder(checkpoint.folder).problems
+
+
+def test_nan_and_inf_are_found_by_reading(make_checkpoint: Callable[..., Any]) -> None:
+    checkpoint = make_checkpoint("qwen2", shards=2)
+    sound = inspect_folder(checkpoint.folder, verify=True)
+    assert (sound.problems, sound.verified) == ([], True)
+    assert "every number in it is finite" in sound.table()
+    name = "model.layers.1.mlp.up_proj"
+    checkpoint.tensors[f"{name}.scales"][0, 5] = float("inf")
+    checkpoint.tensors[f"{name}.codebooks"][0, :2, 3] = float("nan")
+    checkpoint.write()
+    assert inspect_folder(checkpoint.folder).problems == []
+    damaged = inspect_folder(checkpoint.folder, verify=True)
+    assert not damaged.verified
+    assert sorted(problem.partition(" in ")[0] for problem in damaged.problems) == [
+        f"{name}.codebooks",
+        f"{name}.scales",
+    ]
+    assert any("holds 2 NaN or inf of 4096 numbers" in problem for problem in damaged.problems)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "gpu", "reason"),
+    [
+        ("m2v8g32", torch.float32, False, None),
+        ("m2v8g32", torch.bfloat16, True, None),
+        ("m2v8g32", torch.float32, True, "float32"),
+        ("m1v4g8", torch.float16, False, "a scale group is no multiple of 16 weights"),
+        ("m1v4g8", torch.float16, True, "a scale group is no multiple of 16 weights"),
+    ],
+)
+def test_layers_of_the_general_kernels_are_named(
+    make_checkpoint: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+    dtype: torch.dtype,
+    gpu: bool,
+    reason: str | None,
+) -> None:
+    checkpoint = make_checkpoint("llama", scheme, dtype)
+    monkeypatch.setattr("codegemm_runtime.inspection.kernel_path", lambda: "any")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    found = inspect_folder(checkpoint.folder)
+    assert found.problems == []
+    assert {row.slow for row in found.layers} == {reason}
+    assert found.table().count("general: ") == (14 if reason else 0)
+    assert found.summary()["general_kernels"] == (dict.fromkeys(checkpoint.layers, reason) if reason else {})

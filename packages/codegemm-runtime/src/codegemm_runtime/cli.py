@@ -126,6 +126,8 @@ class Inspect:
 
     model: tyro.conf.Positional[str]
     """Checkpoint folder or hub name."""
+    verify: bool = False
+    """Also read every tensor and report NaN and inf."""
     debug: bool = False
     """Show the traceback of a failure."""
 
@@ -133,7 +135,7 @@ class Inspect:
         """Print the table on stderr and return the JSON object."""
         from codegemm_runtime.inspection import inspect_folder
 
-        inspection = inspect_folder(self.model)
+        inspection = inspect_folder(self.model, self.verify)
         print(inspection.table(), file=sys.stderr)
         return inspection.summary()
 

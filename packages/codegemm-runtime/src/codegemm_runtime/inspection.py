@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from tqdm import tqdm
 
 from codegemm_kernels.checkpoint import (
     PARTS,
@@ -23,6 +25,8 @@ from codegemm_kernels.errors import BadInput
 from codegemm_kernels.scheme import CODES_PER_WORD, CodebookScheme
 from codegemm_runtime.loading import build_on_meta, model_config, resolve_folder
 
+_FAST_ROWS = 8
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -34,6 +38,8 @@ class LayerRow:
     scheme: CodebookScheme
     nbytes: int
     """Bytes of codes, codebooks, scales and bias."""
+    slow: str | None
+    """Why this machine runs it by its general kernels, many times slower; None for the fast ones."""
 
     @property
     def bits(self) -> float:
@@ -54,6 +60,8 @@ class Inspection:
     layers: list[LayerRow] = field(default_factory=list)
     total_bytes: int = 0
     kernels: str = ""
+    verified: bool = False
+    """Whether every number stored was read and is finite."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -85,16 +93,20 @@ class Inspection:
             "bytes_dense": self.dense_bytes,
             "bytes": self.total_bytes,
             "kernels": self.kernels,
+            "general_kernels": {row.name: row.slow for row in self.layers if row.slow},
+            "verified": self.verified,
             "problems": self.problems,
         }
 
     def table(self) -> str:
         """The rows and totals as text."""
         width = max((len(row.name) for row in self.layers), default=5)
-        lines = [f"{'layer':{width}}  {'out x in':>15}  {'scheme':>10}  {'bits':>6}  {'bytes':>13}"] * bool(self.layers)
+        lines = [f"{'layer':{width}}  {'out x in':>15}  {'scheme':>10}  {'bits':>6}  {'bytes':>13}  kernel"] * bool(
+            self.layers
+        )
         lines += [
             f"{row.name:{width}}  {f'{row.out_features} x {row.in_features}':>15}  {row.scheme!s:>10}  "
-            f"{row.bits:6.3f}  {row.nbytes:13,}"
+            f"{row.bits:6.3f}  {row.nbytes:13,}  {f'general: {row.slow}' if row.slow else 'fast'}"
             for row in self.layers
         ]
         quantised = sum(row.nbytes for row in self.layers)
@@ -108,12 +120,16 @@ class Inspection:
             f"{self.total_bytes - quantised:,} dense; {self.dense_bytes:,} with 16-bit weights",
             f"kernels  {self.kernels}",
         ]
-        lines += [f"problem  {problem}" for problem in self.problems] or ["problem  none: this folder loads"]
+        sound = "this folder loads" + (" and every number in it is finite" if self.verified else "")
+        lines += [f"problem  {problem}" for problem in self.problems] or [f"problem  none: {sound}"]
         return "\n".join(lines)
 
 
-def inspect_folder(folder: Path | str) -> Inspection:
-    """Inspect a checkpoint folder or hub model without reading a weight. Broken folders give problems, not errors."""
+def inspect_folder(folder: Path | str, verify: bool = False) -> Inspection:
+    """Inspect a checkpoint folder or hub model. Broken folders give problems, not errors.
+
+    No weight is read, unless `verify` has every float looked at.
+    """
     found = Inspection(str(folder), kernels=kernel_path())
     with _noting(found):
         folder = resolve_folder(folder)
@@ -130,9 +146,12 @@ def inspect_folder(folder: Path | str) -> Inspection:
             found.scheme = str(metadata.scheme) + ("+" if metadata.layers else "")
             found.published = "quantization_config" not in raw
         found.total_bytes = sum(header.nbytes for header in headers.values())
-        found.layers = _rows(headers)
+        found.layers = _rows(headers, found.dtype)
         if not found.problems:
             found.problems += _load_problems(folder, metadata, headers)
+        if verify:
+            found.problems += _value_problems(headers)
+            found.verified = not found.problems
     return found
 
 
@@ -147,7 +166,7 @@ def _noting(found: Inspection) -> Iterator[None]:
         found.problems.append(f"reading it failed with {type(error).__name__}: {error}")
 
 
-def _rows(headers: dict[str, TensorHeader]) -> list[LayerRow]:
+def _rows(headers: dict[str, TensorHeader], dtype: str | None) -> list[LayerRow]:
     """Rows of the layers whose stored shapes make sense on their own."""
     rows = []
     for name in quantized_names(headers):
@@ -163,8 +182,35 @@ def _rows(headers: dict[str, TensorHeader]) -> list[LayerRow]:
             scheme.check_matrix(out_features, in_features, name)
         except BadInput:
             continue  # the comparison with the module tree names the fault
-        rows.append(LayerRow(name, out_features, in_features, scheme, sum(header.nbytes for header in stored)))
+        slow = _why_general(out_features, in_features, scheme, dtype)
+        rows.append(LayerRow(name, out_features, in_features, scheme, sum(header.nbytes for header in stored), slow))
     return rows
+
+
+def _why_general(out_features: int, in_features: int, scheme: CodebookScheme, dtype: str | None) -> str | None:
+    """What keeps a layer from this machine's fast kernels: conditions in csrc/cuda/gemm.cu and csrc/cpu/gemm.cpp."""
+    word = CODES_PER_WORD * scheme.vector_length
+    if in_features // scheme.num_groups(in_features) % word:
+        return f"a scale group is no multiple of {word} weights"
+    if torch.cuda.is_available():
+        if dtype == "float32":
+            return "float32"
+        if out_features % _FAST_ROWS:
+            return f"the number of rows is no multiple of {_FAST_ROWS}"
+    return None
+
+
+def _value_problems(headers: dict[str, TensorHeader]) -> list[str]:
+    """Tensors that hold NaN or inf. Reads them all."""
+    problems = []
+    floats = {name: header for name, header in headers.items() if header.dtype.startswith(("F", "BF"))}
+    for name, header in tqdm(floats.items(), desc="verify", unit="tensor", dynamic_ncols=True):
+        with safe_open(header.file, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            problems.append(f"{name} in {header.file.name} holds {bad} NaN or inf of {tensor.numel()} numbers")
+    return problems
 
 
 def _load_problems(folder: Path, metadata: CheckpointMetadata | None, headers: dict[str, TensorHeader]) -> list[str]:
