@@ -204,8 +204,50 @@ def test_many_prompts(
         assert main(["generate", str(folder), "--prompt", answer["prompt"], *options]) == 0
         alone = last_json(capsys.readouterr().out)
         assert (answer["text"], answer["tokens"]) == (alone["text"], alone["tokens"])
-    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 2
-    assert "exists" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_of_many_prompts_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from codegemm_runtime import prompts
+
+    (tmp_path / "in.txt").write_text("one\ntwo\nthree\nfour\nfive")
+    out = tmp_path / "out.jsonl"
+    options = ["--batch", "2", "--max-new-tokens", "3", "--device", "cpu", "--out", str(out)]
+    arguments = ["generate", str(folder), "--prompts", str(tmp_path / "in.txt"), *options]
+    assert main(arguments) == 0
+    whole = out.read_text()
+    out.unlink()
+    original, calls = prompts._continue, []
+
+    def interrupt(*given: Any) -> list[list[int]]:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "_continue", interrupt)
+        assert main(arguments) == 130
+    assert out.read_text() == "".join(whole.splitlines(keepends=True)[:2])
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert last_json(capsys.readouterr().out)["prompts"] == 3
+    assert out.read_text() == whole
+    (tmp_path / "in.txt").write_text("other\ntwo")
+    assert main(arguments) == 2
+    assert "line 1 of" in capsys.readouterr().err
+
+
+def test_convert(make_checkpoint: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_checkpoint("qwen2", published=True).folder
+    assert main(["convert", str(source), str(tmp_path / "ours"), "--dtype", "bfloat16"]) == 0
+    stdout, stderr = capsys.readouterr()
+    expected = {"from": "published", "to": "codegemm", "scheme": "m2v8g32", "layers": 14, "dense_layers": []}
+    assert expected.items() <= last_json(stdout).items()
+    assert "convert: 100%" in stderr
+    assert main(["inspect", str(tmp_path / "ours"), "--verify"]) == 0
+    assert last_json(capsys.readouterr().out)["dtype"] == "bfloat16"
 
 
 def test_many_prompts_through_pipes(

@@ -24,7 +24,7 @@ class Generate:
     prompts: str | None = None
     """File of prompts to continue all: one a line, or .jsonl with strings or {"prompt": ...}; - for stdin."""
     out: Path | None = None
-    """Where the JSON lines of --prompts go; default: stdout."""
+    """File for the JSON lines of --prompts, where an interrupted run goes on; default: stdout."""
     batch: int = 8
     """Prompts continued at a time."""
     max_new_tokens: int = 128
@@ -50,8 +50,8 @@ class Generate:
 
         if (self.prompt is None) == (self.prompts is None):
             raise BadInput("give either --prompt TEXT or --prompts FILE")
-        if self.out is not None and (self.out.exists() or self.prompts is None):
-            raise BadInput(f"{self.out} exists: choose another file" if self.prompts else "--out needs --prompts")
+        if self.out is not None and self.prompts is None:
+            raise BadInput("--out needs --prompts")
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         if prompt == "":
             raise BadInput("the prompt is empty: give at least one character")
@@ -61,10 +61,11 @@ class Generate:
 
         sampling = Sampling(self.temperature, self.top_p, self.seed, self.top_k, self.repetition_penalty)
         several = [] if self.prompts is None else prompts.read_prompts(self.prompts)
+        rest = several[0 if self.out is None else prompts.count_answered(several, self.out) :]
         model = load_model(self.model, self.device)
         if prompt is None:
-            answers = prompts.continue_prompts(model, tokenizer, several, self.max_new_tokens, sampling, self.batch)
-            return prompts.write_answers(answers, len(several), self.out)
+            answers = prompts.continue_prompts(model, tokenizer, rest, self.max_new_tokens, sampling, self.batch)
+            return prompts.write_answers(answers, len(rest), self.out)
         generation = generate_text(model, tokenizer, prompt, self.max_new_tokens, sampling, _write)
         print(flush=True)
         return generation.summary()

@@ -85,12 +85,21 @@ def continue_prompts(
         yield from results
 
 
+def count_answered(prompts: Sequence[str], out: Path) -> int:
+    """How many of `prompts` an interrupted run has answered in `out`. Raises BadInput for a file of anything else."""
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    for i, line in enumerate(lines):
+        if i >= len(prompts) or _prompt_of(line, f"line {i + 1} of {out}") != prompts[i]:
+            raise BadInput(f"line {i + 1} of {out} is no answer to prompt {i + 1}: choose another --out")
+    return len(lines)
+
+
 def write_answers(answers: Iterable[dict[str, Any]], total: int, out: Path | None) -> dict[str, Any]:
-    """Write each answer as a JSON line to `out`, or to stdout, as it comes; returns the totals."""
+    """Append each answer as a JSON line to `out`, or print it, as it comes; returns the totals."""
     failed = tokens = 0
     start = time.perf_counter()
     with (
-        out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as stream,
+        out.open("a", encoding="utf-8") if out else nullcontext(sys.stdout) as stream,
         tqdm(total=total, desc="generate", unit="prompt", dynamic_ncols=True) as progress,
     ):
         for answer in answers:
