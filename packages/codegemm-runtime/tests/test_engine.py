@@ -76,7 +76,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def dense(name: str, device: str = "cpu") -> Any:
     """A random model whose biases and norms are random too, so that a forgotten one shows."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    # Not sdpa: with it, transformers 5.17 forgets the soft-capping of Gemma2.
+    model = transformers.AutoModelForCausalLM.from_config(
+        CONFIGS[name](), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     for key, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

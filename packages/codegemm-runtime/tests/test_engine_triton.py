@@ -48,6 +48,11 @@ for rows, N, K in ((1, 70, 300), (17, 130, 512)):
     x, scales = torch.randn(rows, K, device=device), torch.rand(N, device=device)
     exact = x.double() @ codes.double().T * scales.double()
     assert (int8_product(x, codes, scales) - exact).norm() <= 1e-6 * exact.norm()
+from codegemm_runtime.engine.head_triton import first_largest
+for rows, vocabulary in ((1, 5), (3, 2500), (2, 1024)):
+    scores = torch.randint(-9, 9, (rows, vocabulary), device=device).to(torch.float16)  # many equal ones
+    best = scores.max(-1, keepdim=True).values
+    assert first_largest(scores).tolist() == [row.nonzero()[0].item() for row in scores == best]
 print("equal")
 """
 ATTENTION = """
@@ -87,6 +92,11 @@ for name, int8, dtype, tolerance in CASES:
             assert error < tolerance, (name, int8, dtype, error)
     # A rotation in another order of operations may round an entry to the neighbouring code.
     for one, other in zip(caches[0].read(0, slice(0, batch), 256), caches[1].read(0, slice(0, batch), 256)):
+        assert (one - other).abs().max() <= (0.06 if int8 else 0.04 if dtype != torch.float32 else 1e-5)
+    places = [module.place_prompt(decoder, 0, q, k, v, cache, 2, 40)
+              for module, cache in zip((attention, attention_triton), caches)]
+    assert (places[0] - places[1]).float().norm() < max(tolerance, 1e-6) * places[0].float().norm(), name
+    for one, other in zip(caches[0].read(0, slice(2, 3), 60), caches[1].read(0, slice(2, 3), 60)):
         assert (one - other).abs().max() <= (0.06 if int8 else 0.04 if dtype != torch.float32 else 1e-5)
 print("equal")
 """

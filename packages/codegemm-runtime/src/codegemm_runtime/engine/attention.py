@@ -36,6 +36,20 @@ def heads_of(
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
+def place_prompt(
+    decoder: Decoder, index: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, slot: int, start: int
+) -> Tensor:
+    """Norm and rotate n prompt tokens at positions from `start` on and append them to a slot.
+
+    q [n, heads * head dim], k and v [n, kv heads * head dim] belong to layer `index`. Returns q [n, heads, head dim].
+    """
+    end = start + q.shape[0]
+    positions = torch.arange(start, end, device=q.device)
+    queries, keys, values = heads_of(decoder, decoder.layers[index], q, k, v, positions)
+    cache.write(index, slot, slice(start, end), keys, values)
+    return queries
+
+
 def attend(decoder: Decoder, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention in plain torch, soft-capped where the model is; scores and sums in fp32.
 

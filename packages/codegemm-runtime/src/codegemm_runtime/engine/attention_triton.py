@@ -1,8 +1,10 @@
 """Attention of one new token a sequence in one launch: norm, rotation, append to the cache, attention, sum of parts.
+And what comes before the attention of a prompt.
 
 A program owns one sequence, one key head with its group of query heads, and one part of the keys. How many parts there
 are work for follows from the length on the device, so one captured launch is right for every context, and a short one
-does not pay for a long one: programs without keys return. The new token's key and value never travel through memory:
+does not pay for a long one: programs without keys return. Positions and the first tile of keys and values are loaded
+while the product before is still running. The new token's key and value never travel through memory:
 the program of the last part starts its sums from them. The program that finishes last adds the parts up.
 """
 
@@ -20,30 +22,41 @@ from codegemm_runtime.engine.decoder import Decoder
 from codegemm_runtime.engine.fused_triton import launch_options
 
 BLOCK = 64
-"""Keys of one step; a part is a multiple of it."""
+"""Keys of a tile."""
+MIN_BLOCKS = tl.constexpr(2)
+"""Tiles of a part at least: adding parts up takes longer than reading another tile."""
+WARPS = 4
+STAGES = 3
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _turned(  # type: ignore[no-untyped-def]
-    start_ptr, line, inside, norm_ptr, eps, cos_ptr, sin_ptr,
-    D: tl.constexpr, PAIRS: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """Rows [L, DP] of heads at start + line, normed and rotated, fp32; cos and sin [pairs] of their position."""
+def rotation(cos_ptr, sin_ptr, position, PAIRS: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each element's cosine and signed sine [DP] at a position, and its partner; elements that stay have 1 and 0."""
     d = tl.arange(0, DP)
-    pair = tl.where(d < PAIRS, d, d - PAIRS)
+    pair = position * PAIRS + tl.where(d < PAIRS, d, d - PAIRS)
     rotated = d < 2 * PAIRS
+    cos = tl.load(cos_ptr + pair, mask=rotated, other=1.0)
+    sin = tl.load(sin_ptr + pair, mask=rotated, other=0.0)
     partner = tl.where(rotated, tl.where(d < PAIRS, d + PAIRS, d - PAIRS), d)
-    x = tl.load(start_ptr + line[:, None] + d[None, :], mask=inside & (d < D)[None, :], other=0.0).to(tl.float32)
-    other = tl.load(start_ptr + line[:, None] + partner[None, :], mask=inside & (d < D)[None, :], other=0.0)
-    other = other.to(tl.float32)
+    return cos, tl.where(d < PAIRS, -sin, sin), partner
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def turned(  # type: ignore[no-untyped-def]
+    start_ptr, line, inside, norm_ptr, eps, cos, sin, partner,
+    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Rows [L, DP] of heads at start + line, normed and rotated, fp32."""
+    d = tl.arange(0, DP)
+    inside = inside & (d < D)[None, :]
+    x = tl.load(start_ptr + line[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(start_ptr + line[:, None] + partner[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
         x = x * inverse * (tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32) + OFFSET)[None, :]
         weight = tl.load(norm_ptr + partner, mask=d < D, other=0.0).to(tl.float32) + OFFSET
         other = other * inverse * weight[None, :]
-    cos = tl.load(cos_ptr + pair, mask=rotated, other=1.0)
-    sin = tl.load(sin_ptr + pair, mask=rotated, other=0.0)
-    return x * cos[None, :] + other * tl.where(d < PAIRS, -sin, sin)[None, :]
+    return x * cos[None, :] + other * sin[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -56,17 +69,64 @@ def _capped(scores, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rounded(x, data_ptr, scale_ptr, d, D: tl.constexpr, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store one entry x [DP] as the cache keeps it; returns what a reader of the cache would see, fp32."""
+def stored(  # type: ignore[no-untyped-def]
+    x, data_ptr, scale_ptr, entry, inside, D: tl.constexpr, DP: tl.constexpr, INT8: tl.constexpr
+):
+    """Write entries x [L, DP] at the places `entry` [L] of a cache; returns what its readers will see, fp32."""
+    d = tl.arange(0, DP)
+    at = data_ptr + entry[:, None] * D + d[None, :]
+    inside = inside[:, None] & (d < D)[None, :]
     if INT8:
-        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / 127, 1e-12)
-        codes = tl.floor(x / scale + 0.5)
-        tl.store(scale_ptr, scale)
-        tl.store(data_ptr + d, codes.to(tl.int8), mask=d < D)
-        return codes * scale
+        scale = tl.maximum(tl.max(tl.abs(x), axis=1) / 127, 1e-12)
+        codes = tl.floor(x / scale[:, None] + 0.5)
+        tl.store(scale_ptr + entry, scale, mask=tl.max(inside.to(tl.int32), axis=1) > 0)
+        tl.store(at, codes.to(tl.int8), mask=inside)
+        return codes * scale[:, None]
     rounded = x.to(data_ptr.dtype.element_ty)
-    tl.store(data_ptr + d, rounded, mask=d < D)
+    tl.store(at, rounded, mask=inside)
     return rounded.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, base, start, end,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [BLOCK, DP] from `start` on, with their scales; zeros from `end` on."""
+    d = tl.arange(0, DP)
+    at = start + tl.arange(0, BLOCK)
+    entry = (base + at)[:, None] * D + d[None, :]
+    inside = (at < end)[:, None] & (d < D)[None, :]
+    keys = tl.load(keys_ptr + entry, mask=inside, other=0.0)
+    values = tl.load(values_ptr + entry, mask=inside, other=0.0)
+    key_scales = tl.full([BLOCK], 1.0, tl.float32)
+    value_scales = key_scales
+    if INT8:
+        key_scales = tl.load(key_scales_ptr + base + at, mask=at < end, other=0.0)
+        value_scales = tl.load(value_scales_ptr + base + at, mask=at < end, other=0.0)
+    return keys, values, key_scales, value_scales
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _absorb(  # type: ignore[no-untyped-def]
+    q, keys, values, key_scales, value_scales, left, top, weight, sums, scale, softcap,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Add a tile, of which the first `left` keys count, to the running maximum, weight and sums."""
+    scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+    if INT8:
+        scores *= key_scales[None, :]
+    there = tl.arange(0, BLOCK) < left
+    scores = tl.where(there[None, :], _capped(scores, scale, softcap, SOFTCAP), float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    shrink = tl.exp2(top - higher)
+    probabilities = tl.exp2(scores - higher[:, None])
+    weight = weight * shrink + tl.sum(probabilities, axis=1)
+    if INT8:
+        probabilities *= value_scales[None, :]
+    sums = sums * shrink[:, None]
+    sums += tl.dot(probabilities.to(q.dtype), values.to(q.dtype), input_precision="ieee")
+    return higher, weight, sums
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -80,7 +140,7 @@ def _decode_attention(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+    # Until q, k and v are there: lengths and cache were written by the last step, which is over.
     place = tl.program_id(0)
     part = tl.program_id(1)
     slot = (place // KV_HEADS).to(tl.int64)
@@ -89,56 +149,54 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     first = 0
     if WINDOW:
         first = tl.maximum(position + 1 - window, 0)
-    size = tl.maximum(tl.cdiv(tl.cdiv(position - first, BLOCK), SPLITS), 1) * BLOCK
+    size = tl.maximum(tl.cdiv(tl.cdiv(position - first, BLOCK), SPLITS), MIN_BLOCKS) * BLOCK
     parts = tl.maximum(tl.cdiv(position - first, size), 1)
     if part >= parts:
         return
+    base = (slot * KV_HEADS + head) * capacity
+    begin = first + part * size
+    end = tl.minimum(begin + size, position)
+    keys, values, key_scales, value_scales = _tile(
+        keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, base, begin, end, D, DP, BLOCK, INT8
+    )
+    cos, sin, partner = rotation(cos_ptr, sin_ptr, position, PAIRS, DP)
     d = tl.arange(0, DP)
     row = tl.arange(0, GP)
     live = (row < GROUP)[:, None]
-    cos_ptr += position * PAIRS
-    sin_ptr += position * PAIRS
+    if PDL:
+        gdc_wait()
     q_start = q_ptr + slot * q_stride + head * GROUP * D
-    q = _turned(q_start, row * D, live, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, D, PAIRS, DP, NORM, OFFSET)
+    q = turned(q_start, row * D, live, q_norm_ptr, norm_eps, cos, sin, partner, D, DP, NORM, OFFSET)
     q = q.to(q_ptr.dtype.element_ty)
-    base = (slot * KV_HEADS + head) * capacity
     top = tl.full([GP], float("-inf"), tl.float32)
     weight = tl.zeros([GP], tl.float32)
     sums = tl.zeros([GP, DP], tl.float32)
     if part == parts - 1:
         line = tl.zeros([1], tl.int32)
+        one = line == 0
+        entry = base + position + line
         k_start = k_ptr + slot * k_stride + head * D
-        k = _turned(k_start, line, line[:, None] == 0, k_norm_ptr, norm_eps, cos_ptr, sin_ptr,
-                    D, PAIRS, DP, NORM, OFFSET)  # fmt: skip
-        k = tl.sum(k, axis=0).to(q_ptr.dtype.element_ty).to(tl.float32)
-        v = tl.load(v_ptr + slot * v_stride + head * D + d, mask=d < D, other=0.0).to(tl.float32)
-        k = _rounded(k, keys_ptr + (base + position) * D, key_scales_ptr + base + position, d, D, INT8)
-        v = _rounded(v, values_ptr + (base + position) * D, value_scales_ptr + base + position, d, D, INT8)
-        top = _capped(tl.sum(q.to(tl.float32) * k[None, :], axis=1), scale, softcap, SOFTCAP)
+        k = turned(k_start, line, one[:, None], k_norm_ptr, norm_eps, cos, sin, partner, D, DP, NORM, OFFSET)
+        k = stored(k.to(q_ptr.dtype.element_ty).to(tl.float32), keys_ptr, key_scales_ptr, entry, one, D, DP, INT8)
+        v_start = v_ptr + slot * v_stride + head * D
+        v = tl.load(v_start + line[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32)
+        v = stored(v, values_ptr, value_scales_ptr, entry, one, D, DP, INT8)
+        top = _capped(tl.sum(q.to(tl.float32) * k, axis=1), scale, softcap, SOFTCAP)
         weight += 1.0
-        sums += v[None, :]
-    begin = first + part * size
-    end = tl.minimum(begin + size, position)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        there = at < end
-        entry = (base + at)[:, None] * D + d[None, :]
-        inside = there[:, None] & (d < D)[None, :]
-        keys = tl.load(keys_ptr + entry, mask=inside, other=0.0).to(q_ptr.dtype.element_ty)
-        values = tl.load(values_ptr + entry, mask=inside, other=0.0).to(q_ptr.dtype.element_ty)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
-        if INT8:
-            scores *= tl.load(key_scales_ptr + base + at, mask=there, other=0.0)[None, :]
-        scores = tl.where(there[None, :], _capped(scores, scale, softcap, SOFTCAP), float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        shrink = tl.exp2(top - higher)
-        probabilities = tl.exp2(scores - higher[:, None])
-        weight = weight * shrink + tl.sum(probabilities, axis=1)
-        if INT8:
-            probabilities *= tl.load(value_scales_ptr + base + at, mask=there, other=0.0)[None, :]
-        sums = sums * shrink[:, None]
-        sums += tl.dot(probabilities.to(q_ptr.dtype.element_ty), values, input_precision="ieee")
-        top = higher
+        sums += v
+    if begin < end:  # else the new token is alone, and a tile without keys has no maximum
+        top, weight, sums = _absorb(
+            q, keys, values, key_scales, value_scales, end - begin, top, weight, sums, scale, softcap,
+            BLOCK, SOFTCAP, INT8,
+        )  # fmt: skip
+    for start in range(begin + BLOCK, end, BLOCK):
+        keys, values, key_scales, value_scales = _tile(
+            keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, base, start, end, D, DP, BLOCK, INT8
+        )
+        top, weight, sums = _absorb(
+            q, keys, values, key_scales, value_scales, end - start, top, weight, sums, scale, softcap,
+            BLOCK, SOFTCAP, INT8,
+        )  # fmt: skip
     out_start = out_ptr + (slot * KV_HEADS + head) * GROUP * D
     kept = live & (d < D)[None, :]
     if parts == 1:
@@ -188,6 +246,55 @@ def decode_attention(
         *((each[index] for each in scales) if cache.int8 else scales),
         lengths, out, cache.partial, cache.weights, cache.arrived,
         cache.capacity, layer.window or 0, decoder.attention_scale, decoder.attention_softcap or 0.0,
-        **constants, num_warps=4, num_stages=2, **launch_options(q.device),
+        **constants, num_warps=WARPS, num_stages=STAGES, **launch_options(q.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["slot", "start"])  # type: ignore[untyped-decorator]
+def _place_prompt(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, q_norm_ptr, k_norm_ptr, norm_eps, cos_ptr, sin_ptr,
+    keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, out_ptr, capacity, slot, start,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
+    PAIRS: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    position = start + n
+    cos, sin, partner = rotation(cos_ptr, sin_ptr, position, PAIRS, DP)
+    d = tl.arange(0, DP)
+    head = tl.arange(0, HP)
+    live = head < HEADS
+    q = turned(q_ptr + n * q_stride, head * D, live[:, None], q_norm_ptr, norm_eps, cos, sin, partner, D, DP,
+               NORM, OFFSET)  # fmt: skip
+    at = out_ptr + n * HEADS * D + head[:, None] * D + d[None, :]
+    tl.store(at, q.to(out_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+    head = tl.arange(0, KP)
+    live = head < KV_HEADS
+    entry = (slot.to(tl.int64) * KV_HEADS + head) * capacity + position
+    k = turned(k_ptr + n * k_stride, head * D, live[:, None], k_norm_ptr, norm_eps, cos, sin, partner, D, DP,
+               NORM, OFFSET)  # fmt: skip
+    stored(k.to(out_ptr.dtype.element_ty).to(tl.float32), keys_ptr, key_scales_ptr, entry, live, D, DP, INT8)
+    at = v_ptr + n * v_stride + head[:, None] * D + d[None, :]
+    v = tl.load(at, mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    stored(v, values_ptr, value_scales_ptr, entry, live, D, DP, INT8)
+
+
+def place_prompt(
+    decoder: Decoder, index: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, slot: int, start: int
+) -> Tensor:
+    """`attention.place_prompt`; a token is one program."""
+    layer = decoder.layers[index]
+    out = q.new_empty((q.shape[0], decoder.heads, decoder.head_dim))
+    q_norm, k_norm = layer.q_norm or layer.before_mlp, layer.k_norm or layer.before_mlp  # read where there are some
+    scales = (cache.key_scales, cache.value_scales)
+    _place_prompt[(q.shape[0],)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), q_norm.weight, k_norm.weight, q_norm.eps,
+        decoder.cos, decoder.sin, cache.keys[index], cache.values[index],
+        *((each[index] for each in scales) if cache.int8 else scales),
+        out, cache.capacity, slot, start,
+        HEADS=decoder.heads, KV_HEADS=decoder.kv_heads, HP=triton.next_power_of_2(decoder.heads),
+        KP=triton.next_power_of_2(decoder.kv_heads), D=decoder.head_dim, PAIRS=decoder.cos.shape[1],
+        DP=triton.next_power_of_2(decoder.head_dim), NORM=layer.q_norm is not None, OFFSET=q_norm.offset,
+        INT8=cache.int8, num_warps=8,
     )  # fmt: skip
     return out

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from codegemm_runtime.engine.attention import heads_of, prompt_attention
+from codegemm_runtime.engine.attention import prompt_attention
 from codegemm_runtime.engine.cache import KVCache
 from codegemm_runtime.engine.decoder import Decoder
-from codegemm_runtime.engine.fused import add_norm, decode_attention, gated
+from codegemm_runtime.engine.fused import add_norm, decode_attention, gated, place_prompt
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Layer number, q, k, v [rows, heads * head dim] to the attention's output of the same rows."""
@@ -45,19 +45,12 @@ def prefill(decoder: Decoder, cache: KVCache, tokens: Tensor, slot: int, chunk: 
     hidden = tokens  # a prompt is never empty, so this is replaced
     for start in range(0, tokens.shape[0], chunk):
         part = tokens[start : start + chunk]
-        positions = torch.arange(start, start + part.shape[0], device=tokens.device)
+        end = start + part.shape[0]
 
-        def attention(
-            index: int, q: Tensor, k: Tensor, v: Tensor, at: Tensor = positions, start: int = start
-        ) -> Tensor:
-            layer = decoder.layers[index]
-            queries, keys, values = heads_of(decoder, layer, q, k, v, at)
-            end = start + at.shape[0]
-            cache.write(index, slot, slice(start, end), keys, values)
-            if start:
-                read = cache.read(index, slice(slot, slot + 1), end)
-                return prompt_attention(decoder, layer, queries, read[0][0], read[1][0], start)
-            return prompt_attention(decoder, layer, queries, keys.transpose(0, 1), values.transpose(0, 1), 0)
+        def attention(index: int, q: Tensor, k: Tensor, v: Tensor, start: int = start, end: int = end) -> Tensor:
+            queries = place_prompt(decoder, index, q, k, v, cache, slot, start)
+            keys, values = cache.read(index, slice(slot, slot + 1), end)
+            return prompt_attention(decoder, decoder.layers[index], queries, keys[0], values[0], start)
 
         hidden = run_layers(decoder, part, attention, last_only=True)
     return logits_of(decoder, hidden)

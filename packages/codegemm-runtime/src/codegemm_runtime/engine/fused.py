@@ -25,6 +25,15 @@ def add_norm(residual: Tensor, branch: Tensor | None, branch_norm: Norm | None, 
     return normalise(residual, norm)
 
 
+def first_largest(scores: Tensor) -> Tensor:
+    """argmax over the last dimension of [rows, vocabulary], the first where several are equal."""
+    if scores.is_cuda:
+        from codegemm_runtime.engine import head_triton
+
+        return head_triton.first_largest(scores)
+    return scores.argmax(-1)
+
+
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, for [rows, intermediate] whose rows may lie apart."""
     if gate.is_cuda:
@@ -34,6 +43,17 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def place_prompt(
+    decoder: Decoder, index: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, slot: int, start: int
+) -> Tensor:
+    """`attention.place_prompt`, in one launch on a GPU."""
+    if q.is_cuda:
+        from codegemm_runtime.engine import attention_triton
+
+        return attention_triton.place_prompt(decoder, index, q, k, v, cache, slot, start)
+    return attention.place_prompt(decoder, index, q, k, v, cache, slot, start)
 
 
 def decode_attention(

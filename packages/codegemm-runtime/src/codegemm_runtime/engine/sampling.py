@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codegemm_kernels.errors import BadInput
 from codegemm_runtime.engine.decoder import Decoder
+from codegemm_runtime.engine.fused import first_largest
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ class Sampler:
 
     def choose(self, logits: Tensor, kind: Kind) -> Tensor:
         """Tokens [batch] for logits [batch, vocabulary] of slots 0 .. batch - 1."""
+        if not kind.sampled and not kind.penalised:
+            return first_largest(logits)
         scores = logits.float()
         seen = self.seen[: logits.shape[0]]
         if kind.penalised:
             penalty = self._settings["repetition_penalty"]
             scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if not kind.sampled:
-            tokens = scores.argmax(-1)
+            tokens = first_largest(scores)
         else:
             order = None
             if kind.filtered:
@@ -112,4 +115,4 @@ class Sampler:
     def _draw(self, probabilities: Tensor) -> Tensor:
         """One index [batch] a row in proportion: the largest p / e with e exponential, which needs no total."""
         noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        return (probabilities / noise).argmax(-1)
+        return first_largest(probabilities / noise)

@@ -46,8 +46,7 @@ class Steps:
         tokens, lengths = self.tokens[:batch], self.lengths[:batch]
         logits = step(self._decoder, self._cache, tokens, lengths)
         tokens.copy_(self._sampler.choose(logits, kind))
-        # A spare slot stays inside the cache whatever the others do.
-        lengths.add_(1).clamp_(max=self._cache.capacity - 1)
+        lengths.add_(1)  # beyond the capacity only in spare slots, and attention stops there
 
     def _capture(self, batch: int, kind: Kind) -> torch.cuda.CUDAGraph:
         """Capture a step. A first run outside the graph compiles kernels and makes handles; its traces are undone."""
