@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_models import SHAPES, build
-
-BACKENDS = ("engine", "transformers", "dense", "aqlm-2x8", "aqlm-1x16")
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,11 @@ def run(config: Bench) -> dict[str, Any]:
     """Time everything and write the files; returns the rows."""
     from codegemm_kernels.errors import BadInput
     from codegemm_runtime.loading import choose_device
+    from codegemm_runtime.random_models import SHAPES
 
     backends = [backend for backend in config.backends.split(",") if backend]
-    if not backends or set(backends) - set(BACKENDS):
-        raise BadInput(f"unknown backends in {config.backends!r}: choose from {', '.join(BACKENDS)}")
+    if not backends or set(backends) - set(TIMERS):
+        raise BadInput(f"unknown backends in {config.backends!r}: choose from {', '.join(TIMERS)}")
     if config.shape not in SHAPES and not Path(config.shape).is_dir():
         raise BadInput(f"unknown shape {config.shape!r}: choose from {', '.join(SHAPES)} or give a checkpoint folder")
     device = choose_device(config.device)
@@ -89,11 +87,11 @@ def run(config: Bench) -> dict[str, Any]:
     for backend in backends:
         schemes = config.scheme if backend in ("engine", "transformers") and config.shape in SHAPES else ("",)
         for scheme in schemes:
-            model = build(config.shape, backend, scheme, device, getattr(torch, config.dtype))
+            model = build(config, backend, scheme, device)
             for row in TIMERS[backend](config, model, rate):
                 row = {"shape": config.shape, "scheme": scheme or backend, "backend": backend} | row
                 result["rows"].append(row)
-                say(row)
+                print(*row.values(), file=sys.stderr, flush=True)
                 config.json.write_text(json.dumps(result, indent=1) + "\n")
             del model
             gc.collect()
@@ -101,6 +99,47 @@ def run(config: Bench) -> dict[str, Any]:
                 torch.cuda.empty_cache()
     draw(result["rows"], config.json.with_suffix(".png"))
     return {"rows": result["rows"]}
+
+
+def build(config: Bench, backend: str, scheme: str, device: torch.device) -> Any:
+    """The model to time."""
+    from codegemm_kernels import CodebookScheme
+    from codegemm_runtime import load_model, replace_linears
+    from codegemm_runtime.random_models import SHAPES, random_model
+    from codegemm_runtime.replace import restore_linears
+
+    dtype = getattr(torch, config.dtype)
+    if config.shape not in SHAPES:
+        model = load_model(config.shape, device, dtype)
+        if backend == "dense":
+            restore_linears(model)
+        return model
+    if backend == "dense":
+        return random_model(config.shape, device, dtype)
+    if backend.startswith("aqlm"):
+        return random_model(config.shape, device, dtype, lambda model, names: replace_by_aqlm(model, names, backend))
+    parsed = CodebookScheme.parse(scheme)
+    return random_model(
+        config.shape, device, dtype, lambda model, names: replace_linears(model, dict.fromkeys(names, parsed))
+    )
+
+
+def replace_by_aqlm(model: Any, names: list[str], backend: str) -> None:
+    """Swap in the layers of the aqlm package; BadInput where it is not installed."""
+    from codegemm_kernels.errors import BadInput
+
+    try:
+        from aqlm import QuantizedLinear
+    except ImportError as error:
+        raise BadInput(f"{backend} needs the package aqlm[gpu] ({error}): install it, or leave it out") from error
+    num_codebooks, bits = (2, 8) if backend == "aqlm-2x8" else (1, 16)
+    for name in names:
+        old = model.get_submodule(name)
+        with torch.device("meta"):
+            new = QuantizedLinear(
+                old.in_features, old.out_features, 8, 1, num_codebooks, bits, bias=False, dtype=old.weight.dtype
+            )
+        model.set_submodule(name, new)
 
 
 def time_engine(config: Bench, model: Any, rate: float) -> Any:
@@ -117,6 +156,7 @@ def time_engine(config: Bench, model: Any, rate: float) -> Any:
     for tensor in (engine.cache.keys, engine.cache.values):
         for layer in range(tensor.shape[0]):
             tensor[layer].random_(-100, 100) if config.int8_cache else tensor[layer].normal_()
+    weights = weight_bytes(model, config.int8_head)
     cache_bytes = engine.cache.keys.nbytes + engine.cache.values.nbytes
     for batch in config.batch:
         for context in config.context:
@@ -128,9 +168,9 @@ def time_engine(config: Bench, model: Any, rate: float) -> Any:
 
             read = cache_bytes // (engine.cache.slots * room) * batch * (context + config.tokens // 2)
             timed = timings(decode, config, model.device)
-            yield row_of(timed, batch, context, weight_bytes(model, config.int8_head) + read, config, rate) | {
-                "engine_ready_seconds": ready, "weight_bytes": weight_bytes(model, config.int8_head),
-                "cache_bytes": cache_bytes, "memory_bytes": used_memory(model.device),
+            yield row_of(timed, batch, context, weights + read, config, rate) | {
+                "engine_ready_seconds": ready, "weight_bytes": weights, "cache_bytes": cache_bytes,
+                "memory_bytes": taken(model.device),
             }  # fmt: skip
     yield from (time_prompt(config, engine, length) for length in config.prompt)
     if config.start:
@@ -138,13 +178,10 @@ def time_engine(config: Bench, model: Any, rate: float) -> Any:
 
 
 def time_prompt(config: Bench, engine: Any, length: int) -> dict[str, Any]:
-    """Milliseconds to read a prompt, to its first token, and the speed of the tokens that a caller sees."""
+    """Milliseconds from a prompt to its first token, and the speed of the tokens that a caller sees."""
     from codegemm_runtime.engine import Request
-    from codegemm_runtime.engine.forward import prefill
 
-    device = engine.decoder.device
-    tokens = torch.randint(0, engine.decoder.vocabulary, (length,), device=device)
-    prompt = tokens.tolist()
+    prompt = torch.randint(0, engine.decoder.vocabulary, (length,)).tolist()
     first, streamed = [], []
 
     def stream() -> None:
@@ -152,18 +189,15 @@ def time_prompt(config: Bench, engine: Any, length: int) -> dict[str, Any]:
         steps = engine.generate([prompt], Request(config.tokens))
         next(steps)
         first.append(time.perf_counter() - start)
-        made = 1 + sum(1 for _ in steps)
+        made = sum(1 for _ in steps)
         streamed.append(made / (time.perf_counter() - start - first[-1]))
 
-    with torch.no_grad():
-        wall = timings(lambda: prefill(engine.decoder, engine.cache, tokens, 0, 2048), config, device)["wall"]
-        timings(stream, config, device)
+    timings(stream, config, engine.decoder.device)
     return {
         "prompt": length,
-        "prefill_ms": statistics.mean(wall) * 1e3,
-        "prefill_ms_std": statistics.stdev(wall) * 1e3,
-        "first_token_ms": statistics.median(first[1:]) * 1e3,
-        "streamed_tokens_per_second": statistics.median(streamed[1:]),
+        "first_token_ms": statistics.mean(first[1:]) * 1e3,
+        "first_token_ms_std": statistics.stdev(first[1:]) * 1e3,
+        "streamed_tokens_per_second": statistics.mean(streamed[1:]),
     }
 
 
@@ -190,14 +224,8 @@ def time_generate(config: Bench, model: Any, rate: float) -> Any:
     more, less = max(config.tokens // 4, 8), 4
 
     def answer(ids: torch.Tensor, count: int) -> None:
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            pad_token_id=0,
-        )
+        settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": count, "min_new_tokens": count}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
     for batch in config.batch:
         for context in config.context:
@@ -212,7 +240,7 @@ def time_generate(config: Bench, model: Any, rate: float) -> Any:
             width = shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
             read = 2 * shape.num_hidden_layers * width * model.dtype.itemsize * batch * context
             yield row_of(timed, batch, context, weight_bytes(model, False) + read, config, rate) | {
-                "memory_bytes": used_memory(model.device)
+                "memory_bytes": taken(model.device)
             }
 
 
@@ -260,6 +288,12 @@ def timings(call: Callable[[], None], config: Bench, device: torch.device) -> di
     return {"wall": wall[1:], "event": event[1:]}
 
 
+def taken(device: torch.device) -> int:
+    """Bytes taken on the GPU, whoever has them; of a CPU nothing is known."""
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    return total - free
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for the GPU, where there is one."""
     if device.type == "cuda":
@@ -275,33 +309,18 @@ def weight_bytes(model: Any, int8_head: bool) -> int:
     return size - (head.nbytes - head.numel() if int8_head else 0)
 
 
-def used_memory(device: torch.device) -> int:
-    """Bytes taken on the GPU, whoever has them; of a CPU nothing is known."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
 def copy_rate(device: torch.device) -> float:
     """Bytes a second of a large copy, read and written: the memory's practical ceiling."""
     source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 28), dtype=torch.uint8, device=device)
     target = source.clone()
-    best = float("inf")
+    seconds = []
     for _ in range(5):
         synchronise(device)
         start = time.perf_counter()
-        for _ in range(4):
-            target.copy_(source)
+        target.copy_(source)
         synchronise(device)
-        best = min(best, (time.perf_counter() - start) / 4)
-    return 2 * source.numel() / best
-
-
-def say(row: dict[str, Any]) -> None:
-    """One line of the table."""
-    what = " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
-    print(what, file=sys.stderr, flush=True)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() / min(seconds)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -312,19 +331,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    rows = [row for row in rows if "batch" in row]
-    for backend, scheme, context in sorted({(row["backend"], row["scheme"], row["context"]) for row in rows}):
-        line = sorted(
-            (row["batch"], row["tokens_per_second"], row["tokens_per_second_std"])
-            for row in rows
-            if (row["backend"], row["scheme"], row["context"]) == (backend, scheme, context)
-        )
-        axes.errorbar(*zip(*line, strict=True), marker="o", label=f"{backend} {scheme}, context {context}")
+    lines: dict[str, list[tuple[float, ...]]] = {}
+    for row in rows:
+        if "batch" in row:
+            line = lines.setdefault(f"{row['backend']} {row['scheme']}, context {row['context']}", [])
+            line.append((row["batch"], row["tokens_per_second"], row["tokens_per_second_std"]))
+    for label, line in lines.items():
+        axes.errorbar(*zip(*sorted(line), strict=True), marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("sequences at a time")
     axes.set_ylabel("tokens a second")
-    axes.set_title(rows[0]["shape"] if rows else "")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 

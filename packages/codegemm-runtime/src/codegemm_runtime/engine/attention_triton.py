@@ -23,7 +23,7 @@ from codegemm_runtime.engine.fused_triton import launch_options
 
 BLOCK = 64
 """Keys of a tile."""
-MIN_BLOCKS = tl.constexpr(2)
+MIN_BLOCKS = 2
 """Tiles of a part at least: adding parts up takes longer than reading another tile."""
 WARPS = 4
 STAGES = 3
@@ -136,7 +136,7 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     capacity, window, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, DP: tl.constexpr,
     GP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, MIN_BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -238,6 +238,7 @@ def decode_attention(
         "DP": triton.next_power_of_2(decoder.head_dim), "GP": max(triton.next_power_of_2(group), 16),
         "BLOCK": BLOCK, "SPLITS": splits, "NORM": normed, "OFFSET": q_norm.offset,
         "WINDOW": layer.window is not None, "SOFTCAP": decoder.attention_softcap is not None, "INT8": cache.int8,
+        "MIN_BLOCKS": MIN_BLOCKS,
     }  # fmt: skip
     scales = (cache.key_scales, cache.value_scales)
     _decode_attention[(batch * decoder.kv_heads, splits)](
