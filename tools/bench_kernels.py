@@ -41,7 +41,7 @@ class Bench:
         "8192x28672",
         "57344x8192",
     )
-    """Matrices, as NxK."""
+    """Matrices, as NxK; 4096+1024+1024x4096 are three that share x, timed in one grouped call and as one matrix."""
     schemes: tuple[str, ...] = ("m1v4g128", "m2v8g128")
     """Codebooks, vector length and scale group size."""
     batches: tuple[int, ...] = (1, 2, 8, 16, 64)
@@ -77,16 +77,18 @@ def run(config: Bench) -> dict[str, Any]:
         raise BadInput("timing CUDA kernels needs a GPU that torch can see, and there is none")
     if "aqlm" in peers:
         aqlm_ops()
-    device = torch.device(config.device)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(torch.device(config.device).index or 0)
+    device = torch.device("cuda", torch.cuda.current_device())
     rate = copy_rate(device)
     print(f"{torch.cuda.get_device_name(device)}, copies at {rate / 1e12:.2f} TB/s", file=sys.stderr)
     rows = []
     for shape in config.shapes:
-        N, K = parse_shape(shape)
-        dense_us = {b: time_dense(N, K, b, config, device) if "dense" in peers else None for b in config.batches}
+        rows_of, K = parse_shape(shape)
+        dense_us = {
+            b: time_dense(sum(rows_of), K, b, config, device) if "dense" in peers else None for b in config.batches
+        }
         for scheme in config.schemes:
-            rows += time_scheme(N, K, scheme, config, peers, dense_us, rate, device)
+            rows += time_scheme(rows_of, K, scheme, config, peers, dense_us, rate, device)
     config.json.parent.mkdir(parents=True, exist_ok=True)
     result = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "copy_rate": rate, "rows": rows}
     config.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -94,18 +96,49 @@ def run(config: Bench) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def parse_shape(shape: str) -> tuple[int, int]:
-    """`28672x4096` as (N, K)."""
+def parse_shape(shape: str) -> tuple[list[int], int]:
+    """`28672x4096` as ([28672], 4096), and `4096+1024x4096` as ([4096, 1024], 4096)."""
     from codegemm_kernels.errors import BadInput
 
     parts = shape.split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise BadInput(f"shape {shape!r} is not of the form NxK, such as 28672x4096")
-    return int(parts[0]), int(parts[1])
+    heights = parts[0].split("+")
+    if len(parts) != 2 or not all(part.isdigit() for part in [*heights, parts[1]]):
+        raise BadInput(f"shape {shape!r} is not of the form NxK, such as 28672x4096 or 4096+1024+1024x4096")
+    return [int(height) for height in heights], int(parts[1])
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Random weights of one shape and scheme, enough copies of them that none stays in the cache."""
+
+    copies: int
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+    @classmethod
+    def random(cls, N: int, K: int, scheme: Any, dtype: torch.dtype, device: torch.device) -> Matrices:
+        """N x K in the scheme given."""
+        shapes = scheme.shapes(N, K)
+        m, words, _ = shapes["codes"]
+        copies = max(2, round(WEIGHT_BYTES / (m * words * N * 4)))
+        codes = torch.randint(-(2**31), 2**31, (copies, *shapes["codes"]), device=device).to(torch.int32)
+        codebooks = (torch.randn(shapes["codebooks"], device=device) / 2).to(dtype)
+        scales = (0.02 + 0.005 * torch.randn((copies, *shapes["scales"]), device=device)).to(dtype)
+        return cls(copies, codes, codebooks, scales)
+
+    @property
+    def bytes(self) -> int:
+        """Of the codes and scales of one copy."""
+        return self.codes[0].numel() * 4 + self.scales[0].numel() * self.scales.element_size()
+
+    def weight(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, codebooks and scales of copy i."""
+        return self.codes[i % self.copies], self.codebooks, self.scales[i % self.copies]
 
 
 def time_scheme(
-    N: int,
+    heights: list[int],
     K: int,
     scheme_text: str,
     config: Bench,
@@ -114,43 +147,52 @@ def time_scheme(
     rate: float,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Rows of one matrix in one scheme, one a batch size."""
-    from codegemm_kernels import CodebookScheme, ops, reference
+    """Rows of one matrix, or of several that share x, in one scheme, one a batch size."""
+    from codegemm_kernels import CodebookScheme, ops
 
-    scheme = CodebookScheme.parse(scheme_text)
-    dtype = getattr(torch, config.dtype)
-    shapes = scheme.shapes(N, K)
-    m, words, _ = shapes["codes"]
-    copies = max(2, round(WEIGHT_BYTES / (m * words * N * 4)))
-    codes = torch.randint(-(2**31), 2**31, (copies, *shapes["codes"]), device=device, dtype=torch.int64).to(torch.int32)
-    codebooks = (torch.randn(shapes["codebooks"], device=device) / 2).to(dtype)
-    scales = (0.02 + 0.005 * torch.randn((copies, *shapes["scales"]), device=device)).to(dtype)
+    scheme, dtype, N = CodebookScheme.parse(scheme_text), getattr(torch, config.dtype), sum(heights)
+    whole = Matrices.random(N, K, scheme, dtype, device)
+    parts = [Matrices.random(height, K, scheme, dtype, device) for height in heights] if len(heights) > 1 else []
     never = torch.zeros(1, dtype=torch.int32, device=device)
-    floor_bytes = codes[0].numel() * 4 + scales[0].numel() * 2
-    stream_us = graph_time(lambda i: read_all(codes[i % copies], never), copies) if "stream" in peers else None
-    aqlm_us = time_aqlm(N, K, scheme, copies, dtype, device) if "aqlm" in peers else None
+    stream_us = graph_time(lambda i: read_all(whole.weight(i)[0], never), whole.copies) if "stream" in peers else None
     rows = []
     for batch in config.batches:
         x = torch.randn(batch, K, device=device).to(dtype)
-        us = graph_time(lambda i, x=x: ops.gemm(x, codes[i % copies], codebooks, scales[i % copies]), copies)
-        part = slice(0, min(N, 2048))  # of the rows: the exact product is slow
-        weight = (codes[0][:, :, part].contiguous(), codebooks, scales[0][:, part].contiguous())
-        exact = reference.gemm(x.double(), weight[0], weight[1].double(), weight[2].double())
-        y = ops.gemm(x, codes[0], codebooks, scales[0])[:, part].double()
+        us = graph_time(lambda i, x=x: ops.gemm(x, *whole.weight(i)), whole.copies)
         row = {
-            "shape": f"{N}x{K}",
+            "shape": f"{'+'.join(map(str, heights))}x{K}",
             "scheme": scheme_text,
             "batch": batch,
             "us": us,
             "stream_us": stream_us,
             "dense_us": dense_us[batch],
-            "aqlm_us": aqlm_us if batch == 1 else None,
-            "floor_us": floor_bytes / rate * 1e6,
-            "relative_error": float((y - exact).norm() / exact.norm()),
+            "aqlm_us": time_aqlm(x, N, scheme, whole.copies) if "aqlm" in peers else None,
+            "floor_us": whole.bytes / rate * 1e6,
+            "relative_error": relative_error(x, whole),
         }
+        if parts:
+            row["whole_us"] = us
+            row["us"] = graph_time(lambda i, x=x: ops.gemm_grouped(x, *grouped(parts, i)), whole.copies)
         rows.append(row)
         say(row)
     return rows
+
+
+def grouped(parts: list[Matrices], i: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[None]]:
+    """Codes, codebooks, scales and the missing bias of copy i of every part."""
+    weights = [part.weight(i) for part in parts]
+    return [w[0] for w in weights], [w[1] for w in weights], [w[2] for w in weights], [None] * len(parts)
+
+
+def relative_error(x: Tensor, matrices: Matrices) -> float:
+    """|y - exact| / |exact| in Euclidean norms, on the first 2048 rows and 64 tokens: the exact product is slow."""
+    from codegemm_kernels import ops, reference
+
+    codes, codebooks, scales = matrices.weight(0)
+    y = ops.gemm(x, codes, codebooks, scales)[:64, :2048].double()
+    part = codes[:, :, :2048].contiguous(), codebooks.double(), scales[:, :2048].double()
+    exact = reference.gemm(x[:64].double(), *part)
+    return float((y - exact).norm() / exact.norm())
 
 
 def say(row: dict[str, Any]) -> None:
@@ -158,15 +200,16 @@ def say(row: dict[str, Any]) -> None:
     ratio = f"{row['us'] / row['stream_us']:5.2f} x stream" if row["stream_us"] else ""
     dense = f"dense {row['dense_us']:7.1f}" if row["dense_us"] else ""
     aqlm = f"aqlm {row['aqlm_us']:7.1f}" if row["aqlm_us"] else ""
+    whole = f"as one matrix {row['whole_us']:7.2f}" if "whole_us" in row else ""
     print(
         f"{row['shape']:>12} {row['scheme']:>9} batch {row['batch']:>4} {row['us']:8.2f} us  "
-        f"floor {row['floor_us']:6.2f}  {ratio}  {dense}  {aqlm}  error {row['relative_error']:.1e}",
+        f"floor {row['floor_us']:6.2f}  {ratio}  {dense}  {aqlm}  {whole}  error {row['relative_error']:.1e}",
         file=sys.stderr,
         flush=True,
     )
 
 
-def graph_time(call: Callable[[int], Tensor | None], calls: int) -> float:
+def graph_time(call: Callable[[int], object], calls: int) -> float:
     """Microseconds a call: `call(0)` .. `call(calls - 1)` in one graph, median over its replays."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # compiles, loads modules and makes handles before the capture
@@ -247,17 +290,22 @@ def aqlm_ops() -> Any:
     return kernels
 
 
-def time_aqlm(N: int, K: int, scheme: Any, copies: int, dtype: torch.dtype, device: torch.device) -> float | None:
-    """AQLM's product for one row of x with codebooks of 256 vectors of 8 (its 2x8); None for other schemes."""
-    if (scheme.num_codebooks, scheme.vector_length) != (2, 8):
+def time_aqlm(x: Tensor, N: int, scheme: Any, copies: int) -> float | None:
+    """AQLM's product with one or two codebooks of 256 vectors of 8 (its 1x8, 2x8), the faster of its two kernels
+    (row by row, or dequantising all of W); None for other schemes."""
+    if scheme.num_codebooks > 2 or scheme.vector_length != 8:
         return None
     aqlm_ops()
-    codes = torch.randint(-128, 128, (copies, N, K // 8, 2), device=device, dtype=torch.int8)
-    codebooks = torch.randn(2, 256, 1, 8, device=device, dtype=dtype)
-    scales = torch.rand(N, 1, 1, 1, device=device, dtype=dtype)
-    x = torch.randn(1, K, device=device, dtype=dtype)
-    matvec = torch.ops.aqlm.code2x8_matmat
-    return graph_time(lambda i: matvec(x, codes[i % copies], codebooks, scales, None), copies)
+    m, K = scheme.num_codebooks, x.shape[1]
+    codes = torch.randint(-128, 128, (copies, N, K // 8, m), device=x.device, dtype=torch.int8)
+    codebooks = torch.randn(m, 256, 1, 8, device=x.device, dtype=x.dtype)
+    scales = torch.rand(N, 1, 1, 1, device=x.device, dtype=x.dtype)
+    names = [f"code{m}x8_matmat"] if x.shape[0] == 1 else [f"code{m}x8_matmat", f"code{m}x8_matmat_dequant"]
+    kernels = [getattr(torch.ops.aqlm, name) for name in names]
+    return min(
+        graph_time(lambda i, kernel=kernel: kernel(x, codes[i % copies], codebooks, scales, None), copies)
+        for kernel in kernels
+    )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kPoolBytes = size_t(1) << 30;
 constexpr int kSharedLimit = 227 * 1024;
-std::vector<int> clusters_tried = {1, 2, 4, 8, 16}, k_warps_tried = {1, 2, 4, 8}, stages_tried = {2, 4, 8};
+std::vector<int> clusters_tried = {1, 2, 4, 8, 16}, k_warps_tried = {1, 2, 4, 8}, stages_tried = {2, 3, 4, 6, 8};
 using T = __half;
 
 struct Data {
@@ -59,23 +59,20 @@ void report(FILE* out, const Problem& q, const char* kernel, const std::string& 
   std::fflush(out);
 }
 
-template <int V, int kShare, int kSlots, int kQuads>
-void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
-  const auto kernel = psumbook_kernel<T, V, kShare, kSlots, kQuads>;
-  constexpr int kThreads = kPsumbookThreads;
+template <int V, int kShare>
+void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us) {
+  const auto kernel = psumbook_kernel<T, V, kShare>;
   for (int cluster : clusters_tried) {
-    if (cluster < 2) continue;
     for (int stages : stages_tried) {
       Gemm call = make_call(d, q, 0);
       Product p = make_product(&call, 1);
-      LaunchConfig config = {0, kThreads, 200 * 1024, cluster, dependent};
+      LaunchConfig config = {0, kPsumbookThreads, kSharedLimit - 2048, cluster, true};
       const int clusters = active_clusters(kernel, config);
       if (clusters == 0) continue;
       p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), 16) * 16);
-      PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, kQuads, cluster, stages);
+      PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, stages);
       config.shared_bytes = layout.bytes;
       if (config.shared_bytes > kSharedLimit - 2048) continue;
-      const int fit = active_clusters(kernel, config);
       const int ranges = int(ceil_div(q.rows, p.rows_per_range));
       config.blocks = ranges * cluster;
       const double us = bench::graph_time(copies_for(q), 7, [&](int i, cudaStream_t stream) {
@@ -85,16 +82,15 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us,
         bench::require(launch_kernel(kernel, config, stream, product, layout), "psumbook");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "slots %d quads %d | cluster %d stages %d ranges %d fit %d rows %d shared %d%s",
-                    kSlots, kQuads, cluster, stages, ranges, fit, p.rows_per_range, layout.bytes,
-                    dependent ? " pdl" : "");
+      std::snprintf(plan, sizeof plan, "cluster %d stages %d ranges %d rows %d shared %d", cluster, stages, ranges,
+                    p.rows_per_range, layout.bytes);
       report(out, q, "psumbook", plan, us, stream_us);
     }
   }
 }
 
 template <int V, int kTokens, bool kScaleSums, int kWarps>
-void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool dependent) {
+void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us) {
   const auto kernel = codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>;
   for (int cluster : clusters_tried) {
     const int clusters =
@@ -108,7 +104,7 @@ void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool
                             kSharedLimit - 2048))
           continue;
         const LaunchConfig config = {shape.clusters * cluster, (kWarps + kProducerWarps) * 32, shape.bytes, cluster,
-                                     dependent};
+                                     true};
         const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
           Gemm c = make_call(d, q, i);
           Product product = make_product(&c, 1);
@@ -118,10 +114,9 @@ void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us, bool
         char plan[200];
         std::snprintf(
             plan, sizeof plan,
-            "tokens %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d%s",
+            "tokens %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d",
             kTokens, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
-            shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range,
-            dependent ? " pdl" : "");
+            shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range);
         report(out, q, "mma", plan, us, stream_us);
       }
     }
@@ -139,25 +134,16 @@ double stream_time(const Data& d, const Problem& q) {
   return best;
 }
 
-template <int V, int kShare>
-void sweep_batch_1(FILE* out, const Data& d, const Problem& q, double stream) {
-  for (bool dependent : {false, true}) {
-    time_psumbook<V, kShare, 2, 1>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 2, 2>(out, d, q, stream, dependent);
-    time_psumbook<V, kShare, 4, 1>(out, d, q, stream, dependent);
-  }
-}
-
 template <int V>
 void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
   q.tokens = 8;
-  time_mma<V, 8, true, 16>(out, d, q, stream, false);
+  time_mma<V, 16, true, 16>(out, d, q, stream);
   q.tokens = 16;
-  time_mma<V, 16, true, 16>(out, d, q, stream, false);
+  time_mma<V, 16, true, 16>(out, d, q, stream);
   q.tokens = 32;
-  time_mma<V, 32, false, 8>(out, d, q, stream, false);
+  time_mma<V, 32, false, 8>(out, d, q, stream);
   q.tokens = 64;
-  time_mma<V, 64, false, 8>(out, d, q, stream, false);
+  time_mma<V, 64, false, 8>(out, d, q, stream);
 }
 
 // One plan of each kernel, to be run under a profiler.
@@ -165,11 +151,11 @@ void profile(FILE* out, const Data& d) {
   Problem q = {28672, 4096, 1, 4, 128, 1};
   clusters_tried = {8};
   stages_tried = {4};
-  time_psumbook<4, 1, 2, 1>(out, d, q, 1, false);
+  time_psumbook<4, 1>(out, d, q, 1);
   q.tokens = 8;
   clusters_tried = {1};
   k_warps_tried = {2};
-  time_mma<4, 8, true, 16>(out, d, q, 1, false);
+  time_mma<4, 16, true, 16>(out, d, q, 1);
 }
 
 }  // namespace
@@ -193,10 +179,10 @@ int main(int argc, char** argv) {
     Problem q = {s[0], s[1], 1, 4, 128, 1};
     const double stream = stream_time(d, q);
     report(out, q, "stream", "", stream, stream);
-    sweep_batch_1<4, 1>(out, d, q, stream);
+    time_psumbook<4, 1>(out, d, q, stream);
     if (batches) sweep_batches<4>(out, d, q, stream);
     q = {s[0], s[1], 2, 8, 128, 1};
-    sweep_batch_1<8, 2>(out, d, q, stream);
+    time_psumbook<8, 2>(out, d, q, stream);
     if (batches) sweep_batches<8>(out, d, q, stream);
   }
   return 0;

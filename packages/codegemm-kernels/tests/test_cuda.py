@@ -33,6 +33,29 @@ if torch.cuda.is_available():
         stream.synchronize()
         assert torch.equal(y, expected)
 
+    @pytest.mark.parametrize("rows", [1, 5, 40])
+    def test_a_chain_in_a_graph_waits_for_its_inputs(make_weight, rows):
+        """Kernels of a graph may start before the one whose result they read has ended (dependent launches)."""
+        weights = [make_weight("m1v4g128", 1024, 1024, torch.float16, "cuda") for _ in range(8)]
+        start = torch.randn(rows, 1024, dtype=torch.float16, device="cuda")
+
+        def chain(after=lambda: None):
+            results = [start]
+            for weight in weights:
+                results.append(ops.gemm(results[-1], *weight))
+                after()
+            return results
+
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain()
+        for _ in range(20):
+            start.copy_(torch.randn_like(start))
+            graph.replay()
+            for result, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
+                assert torch.equal(result, expected)
+
     def test_tensors_on_two_devices_are_refused(make_weight):
         weight = make_weight("m2v8g32", 10, 64, torch.float32)
         with pytest.raises(BadInput, match="move"):

@@ -1,4 +1,4 @@
-// 1 to 64 tokens: y = x Wᵀ with weights that go from a shared-memory codebook straight into tensor-core operands.
+// 2 to 64 tokens: y = x Wᵀ with weights that go from a shared-memory codebook straight into tensor-core operands.
 //
 // Every lane looks codes up in a copy of the codebook that lies in its own banks, so lookups have no bank conflicts
 // whatever the codes are. The copies of an entry are the 128 bytes at 128 e of its codebook's table of 32 KB:
@@ -13,11 +13,11 @@
 // and all codebooks. A row of the box is 8 words longer than its rows, which makes the 16-byte reads conflict-free.
 //
 // The product is m16n8k16 with 16 tokens as rows and 8 weight rows as columns, so that the registers of a lookup are
-// the operand in order (the other way round costs four moves a product). A warp multiplies tiles of 32 weight rows.
-// Lane l = 4g + c reads word 4s + c of rows 4g .. 4g+3 in step s (16 bytes), looks up byte b, and row 4g + j becomes
-// column g of product j. That permutes K and the rows. The k order costs nothing, since x is laid out in shared memory
-// as the A operands are read, once a block; the row order is undone when sums are stored. Up to 8 tokens the lower half
-// of an A operand is zero and not stored.
+// the operand in order (the other way round costs four moves a product). A warp multiplies tiles of 32 weight rows,
+// kQuads of them for one read of x. Lane l = 4g + c reads word 4s + c of rows 4g .. 4g+3 of a tile in step s (16
+// bytes), looks up byte b, and row 4g + j becomes column g of product j. That permutes K and the rows. The k order
+// costs nothing, since x is laid out in shared memory as the A operands are read, once a block; the row order is undone
+// when sums are stored.
 //
 // Scales multiply the fp32 sums of a step when the four words share a group (kScaleSums), and the weights before the
 // product otherwise, which rounds scale*weight to 16 bits as a dense fp16 weight would be.
@@ -32,14 +32,15 @@
 
 namespace codegemm::cuda {
 
-constexpr int kMmaTileRows = 32;
+// Tiles of 32 rows that a warp multiplies at once: two where registers suffice for it.
+__host__ __device__ constexpr int mma_quads(int v, int tokens) { return v == 4 && tokens <= 32 ? 2 : 1; }
 constexpr int kMmaTableBytes = 256 * 128;  // of a codebook
 
 // How a launch divides K, rows and shared memory; chosen by the launcher. A block has the codebook tables at the start
 // of its dynamic shared memory, then the ring, x of chunk_steps steps, and kTokens x (rows_per_range + 4) sums.
 struct MmaShape {
   int k_warps;      // warps that divide the steps of a stage; the others divide its rows
-  int stage_rows;   // 32 a warp in the direction of rows
+  int stage_rows;   // tile_rows a warp in the direction of rows
   int stage_steps;  // a multiple of k_warps
   int stages, stage_bytes;
   int chunk_steps;  // steps of K whose x is in shared memory at a time
@@ -55,27 +56,28 @@ struct MmaShape {
 inline bool make_mma_shape(MmaShape& shape, Product& p, int vector_length, int tokens, int warps, int cluster,
                            int clusters, int k_warps, int steps_a_warp, int shared_bytes) {
   const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+  const int tile_rows = 32 * mma_quads(vector_length, tokens);
   const int steps = (p.words + 3) / 4, slice = (steps + cluster - 1) / cluster;
   const int x_bytes = 32 * vector_length * tokens, column_bytes = 4 * tokens;
   const int tables = p.num_codebooks * kMmaTableBytes;
   shape.k_warps = k_warps;
-  shape.stage_rows = kMmaTileRows * (warps / k_warps);
+  shape.stage_rows = tile_rows * (warps / k_warps);
   shape.stage_steps = k_warps * steps_a_warp;
   const int groups = (shape.stage_steps * 4 - 1) / int(p.words_per_group.value) + 2;
   shape.stage_bytes = p.num_codebooks * shape.stage_steps * 16 * (shape.stage_rows + 8) + groups * shape.stage_rows * 2;
   const int room = shared_bytes - tables - 2 * shape.stage_bytes;
-  const int x_room = room - column_bytes * (kMmaTileRows + 4);  // with the sums of one tile
+  const int x_room = room - column_bytes * (tile_rows + 4);  // with the sums of one tile
   shape.chunk_steps = slice;
   if (slice * x_bytes > x_room) {
     shape.chunk_steps = room / 2 / x_bytes / shape.stage_steps * shape.stage_steps;
     if (shape.chunk_steps == 0 && shape.stage_steps * x_bytes <= x_room) shape.chunk_steps = shape.stage_steps;
   }
   if (room < 0 || (shape.chunk_steps < 1 && slice > 0)) return false;
-  const int64_t even = round_up((p.total_rows + clusters - 1) / clusters, kMmaTileRows);
-  const int64_t most = ((room - shape.chunk_steps * x_bytes) / column_bytes - 4) / kMmaTileRows * kMmaTileRows;
-  if (most < kMmaTileRows) return false;
+  const int64_t even = round_up((p.total_rows + clusters - 1) / clusters, tile_rows);
+  const int64_t most = ((room - shape.chunk_steps * x_bytes) / column_bytes - 4) / tile_rows * tile_rows;
+  if (most < tile_rows) return false;
   const int64_t passes = (even + most - 1) / most;
-  p.rows_per_range = int(round_up((even + passes - 1) / passes, kMmaTileRows));
+  p.rows_per_range = int(round_up((even + passes - 1) / passes, tile_rows));
   shape.num_ranges = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range);
   shape.clusters = clusters < shape.num_ranges ? clusters : shape.num_ranges;
   shape.share_rows = (p.rows_per_range + cluster - 1) / cluster;
@@ -109,48 +111,27 @@ __device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* c
   }
 }
 
-// Lays x of steps [first_step, last_step) out as A operands, zero beyond the tokens and words there are. Of 8 elements
-// of a word lane 4*(token%8) + c gets two k16 steps, each 4 bytes of its low and 4 of its high k.
+// Lays x of steps [first_step, last_step) out as A operands, zero beyond the tokens and words there are: 16 bytes for
+// each lane, k16 step (V a step of 16V columns) and tile of 16 tokens. A warp moves the 8 columns of a word that make
+// two such operands at a time.
 template <typename T, int V, int kTokens>
 __device__ __forceinline__ void stage_x(unsigned char* staged, const Product& p, int first_step, int last_step,
-                                        int consumers) {
-  constexpr int kChunks = V / 2, kTiles = (kTokens + 15) / 16;  // 8-element chunks of a word; tiles of tokens
-  const int chunks = (last_step - first_step) * 4 * kChunks;
-  const T* x = static_cast<const T*>(p.x) + int64_t(first_step) * 16 * V;
-  for (int i = threadIdx.x; i < chunks; i += consumers) {
-    const int step = i / (4 * kChunks), c = i / kChunks % 4;
-    int chunk = i % kChunks;
-    const bool inside = (first_step + step) * 4 + c < p.words;
-    if (V == 16) chunk ^= c / 2;  // lanes c = 2, 3 look up the upper half of an entry first
-#pragma unroll 8
-    for (int token = 0; token < kTokens; ++token) {
-      uint4 value = make_uint4(0, 0, 0, 0);
-      if (inside && token < p.tokens) value = *reinterpret_cast<const uint4*>(x + token * p.x_row_stride + i * 8);
-      const int lane = token % 8 * 4 + c;
-      if constexpr (kTokens == 8) {
-        *reinterpret_cast<uint4*>(staged + ((step * kChunks + chunk) * 32 + lane) * 16) = value;
-      } else {
-        unsigned char* first =
-            staged + (((step * V + chunk * 2) * kTiles + token / 16) * 32 + lane) * 16 + token / 8 % 2 * 4;
-        *reinterpret_cast<uint32_t*>(first) = value.x;
-        *reinterpret_cast<uint32_t*>(first + 8) = value.y;
-        *reinterpret_cast<uint32_t*>(first + kTiles * 512) = value.z;
-        *reinterpret_cast<uint32_t*>(first + kTiles * 512 + 8) = value.w;
-      }
-    }
-  }
-}
-
-// The A operand of a k16 step (0 .. V-1 of a word's) and tile of tokens; x is the address of the lane's first.
-template <int kTokens>
-__device__ __forceinline__ void load_tokens(uint32_t (&operand)[4], uint32_t x, int k_step, int tile) {
-  if constexpr (kTokens == 8) {
-    const uint2 half = load_shared<uint2>(x + k_step / 2 * 512 + k_step % 2 * 8);
-    operand[0] = half.x;
-    operand[2] = half.y;
-    operand[1] = operand[3] = 0;
-  } else {
-    *reinterpret_cast<uint4*>(operand) = load_shared<uint4>(x + (k_step * ((kTokens + 15) / 16) + tile) * 512);
+                                        int warps, int warp, int lane) {
+  constexpr int kChunks = V / 2, kTiles = kTokens / 16;  // 8-column chunks of a word; tiles of tokens
+  const T* x = static_cast<const T*>(p.x);
+  const int c = lane % 4, swap = V == 16 ? c / 2 : 0;  // lanes c = 2, 3 look up the upper half of an entry first
+  const int items = (last_step - first_step) * (kChunks * kTiles);
+#pragma unroll 4
+  for (int item = warp; item < items; item += warps) {
+    const int step = item / (kChunks * kTiles), chunk = item / kTiles % kChunks, tile = item % kTiles;
+    const int word = (first_step + step) * 4 + c, token = tile * 16 + lane / 4;
+    const T* source = x + token * p.x_row_stride + word * (4 * V) + (chunk ^ swap) * 8;
+    uint4 low = make_uint4(0, 0, 0, 0), high = low;
+    if (word < p.words && token < p.tokens) low = *reinterpret_cast<const uint4*>(source);
+    if (word < p.words && token + 8 < p.tokens) high = *reinterpret_cast<const uint4*>(source + 8 * p.x_row_stride);
+    uint4* place = reinterpret_cast<uint4*>(staged + (((step * V + chunk * 2) * kTiles + tile) * 32 + lane) * 16);
+    place[0] = make_uint4(low.x, high.x, low.y, high.y);
+    place[kTiles * 32] = make_uint4(low.z, high.z, low.w, high.w);
   }
 }
 
@@ -174,54 +155,69 @@ struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;
 };
 
-// Adds the product of one step and codebook to sum[row of the lane's quad][tile of tokens]. codes: of the quad; scales:
-// of the quad, used if kScaleWeights; table and x: addresses of the lane's copy of entry 0 and of its first A operand.
-template <typename T, int V, int kTokens, bool kScaleWeights>
-__device__ __forceinline__ void multiply_item(float (&sum)[4][(kTokens + 15) / 16][4], uint4 codes, uint2 scales,
-                                              uint32_t table, uint32_t x) {
-  using Pair2 = typename Pair<T>::type;
-  constexpr int kTiles = (kTokens + 15) / 16, kPairs = V / 2;  // registers of a looked-up vector
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  Pair2 scale[4];
-  if constexpr (kScaleWeights) {
-    const uint32_t doubled[4] = {permute_bytes(scales.x, 0, 0x1010), permute_bytes(scales.x, 0, 0x3232),
-                                 permute_bytes(scales.y, 0, 0x1010), permute_bytes(scales.y, 0, 0x3232)};
+// sum[row][tile] += A operands of k16 step `k` of the four words (0 .. V-1) times the weights [row][pair],
+// [row][pair+1].
+template <typename T, int kTiles, int kPairs>
+__device__ __forceinline__ void multiply_step(float (*sum)[kTiles][4], const uint4 (&operands)[kTiles],
+                                              const uint32_t (&weight)[4][kPairs], int pair) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) scale[r] = *reinterpret_cast<const Pair2*>(&doubled[r]);
+  for (int t = 0; t < kTiles; ++t) {
+    const uint32_t operand[4] = {operands[t].x, operands[t].y, operands[t].z, operands[t].w};
+#pragma unroll
+    for (int r = 0; r < 4; ++r) mma_k16<T>(sum[r][t], operand, weight[r][pair], weight[r][pair + 1]);
   }
+}
+
+// Adds the product of one step and codebook to sum[row of the lane's quads][tile of tokens]. codes: address of the
+// first quad's, the others 128 bytes on; scales: of the quads, used if kScaleWeights; table and x: addresses of the
+// lane's copy of entry 0 and of its first A operand.
+template <typename T, int V, int kTokens, bool kScaleWeights, int kQuads>
+__device__ __forceinline__ void multiply_item(float (&sum)[4 * kQuads][kTokens / 16][4], uint32_t codes,
+                                              const uint2 (&scales)[kQuads], uint32_t table, uint32_t x) {
+  using Pair2 = typename Pair<T>::type;
+  constexpr int kTiles = kTokens / 16;
+  uint32_t words[kQuads][4];
+#pragma unroll
+  for (int quad = 0; quad < kQuads; ++quad)
+    *reinterpret_cast<uint4*>(words[quad]) = load_shared<uint4>(codes + quad * 128);
 #pragma unroll
   for (int byte = 0; byte < 4; ++byte) {
-    uint32_t weight[4][kPairs];
+    uint4 operands[V / 4][kTiles];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t entry = row_address(words[r], row_selector(byte), table);
-      if constexpr (V == 4) {
-        *reinterpret_cast<uint2*>(weight[r]) = load_shared<uint2>(entry);
-      } else {
-        *reinterpret_cast<uint4*>(weight[r]) = load_shared<uint4>(entry);
-        if constexpr (V == 16) *reinterpret_cast<uint4*>(weight[r] + 4) = load_shared<uint4>(entry ^ 64);
-      }
-      if constexpr (kScaleWeights) {
+    for (int s = 0; s < V / 4; ++s) {
 #pragma unroll
-        for (int e = 0; e < kPairs; ++e) weight[r][e] = scale_pair(weight[r][e], scale[r]);
-      }
+      for (int t = 0; t < kTiles; ++t)
+        operands[s][t] = load_shared<uint4>(x + ((byte * (V / 4) + s) * kTiles + t) * 512);
     }
 #pragma unroll
-    for (int k = 0; k < kPairs; k += 2) {
+    for (int quad = 0; quad < kQuads; ++quad) {
+      uint32_t weight[4][V / 2];
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        uint32_t operand[4];
-        load_tokens<kTokens>(operand, x, (byte * kPairs + k) / 2, t);
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t entry = row_address(words[quad][r], row_selector(byte), table);
+        if constexpr (V == 4) {
+          *reinterpret_cast<uint2*>(weight[r]) = load_shared<uint2>(entry);
+        } else {
+          *reinterpret_cast<uint4*>(weight[r]) = load_shared<uint4>(entry);
+          if constexpr (V == 16) *reinterpret_cast<uint4*>(weight[r] + 4) = load_shared<uint4>(entry ^ 64);
+        }
+        if constexpr (kScaleWeights) {
+          const uint32_t doubled = permute_bytes(r < 2 ? scales[quad].x : scales[quad].y, 0, r % 2 ? 0x3232 : 0x1010);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) mma_k16<T>(sum[r][t], operand, weight[r][k], weight[r][k + 1]);
+          for (int e = 0; e < V / 2; ++e)
+            weight[r][e] = scale_pair(weight[r][e], *reinterpret_cast<const Pair2*>(&doubled));
+        }
       }
+#pragma unroll
+      for (int s = 0; s < V / 4; ++s) multiply_step<T>(sum + 4 * quad, operands[s], weight, 2 * s);
     }
   }
 }
 
-// total += scale * step, and step = 0. scales: of rows 8c .. 8c+7 of the tile, those of the lane's sums.
+// total += scale * step, and step = 0, for the sums of one quad. scales: of rows 8c .. 8c+7 of the tile, those of the
+// lane's sums.
 template <typename T, int kTiles>
-__device__ __forceinline__ void scale_sums(float (&total)[4][kTiles][4], float (&step)[4][kTiles][4], uint4 scales) {
+__device__ __forceinline__ void scale_sums(float (*total)[kTiles][4], float (*step)[kTiles][4], uint4 scales) {
   const float2 pair[4] = {unpack_pair<T>(scales.x), unpack_pair<T>(scales.y), unpack_pair<T>(scales.z),
                           unpack_pair<T>(scales.w)};
 #pragma unroll
@@ -239,18 +235,18 @@ __device__ __forceinline__ void scale_sums(float (&total)[4][kTiles][4], float (
 }
 
 // Stores the sums of a tile of 32 rows, or adds them, at sums[token][row], and clears them. `rows`: how many exist.
-template <int kTokens>
-__device__ __forceinline__ void put_sums(float* sums, int pitch, float (&total)[4][(kTokens + 15) / 16][4], bool add,
-                                         int rows, int lane) {
+template <int kTiles>
+__device__ __forceinline__ void put_sums(float* sums, int pitch, float (*total)[kTiles][4], bool add, int rows,
+                                         int lane) {
 #pragma unroll
-  for (int t = 0; t < (kTokens + 15) / 16; ++t) {
+  for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = lane % 4 * 8 + i % 2 * 4;
       float4* place = reinterpret_cast<float4*>(sums + (t * 16 + i / 2 * 8 + lane / 4) * pitch + row);
       float4 value = make_float4(total[0][t][i], total[1][t][i], total[2][t][i], total[3][t][i]);
       total[0][t][i] = total[1][t][i] = total[2][t][i] = total[3][t][i] = 0;
-      if ((kTokens == 8 && i > 1) || row >= rows) continue;
+      if (row >= rows) continue;
       if (add) {
         const float4 old = *place;
         value = make_float4(value.x + old.x, value.y + old.y, value.z + old.z, value.w + old.w);
@@ -268,7 +264,7 @@ struct MmaPart {
 
 // The producer warps: fill the ring with a part, row blocks outside, steps inside.
 template <typename T>
-__device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, unsigned char* stages, const Product& p,
+__device__ __forceinline__ void fill_part(const Ring& ring, RingPlace& at, unsigned char* stages, const Product& p,
                                           const MmaShape& shape, const Segment& segment, const MmaPart& part,
                                           int producer, int lane) {
   const int64_t n = segment.out_features;
@@ -297,49 +293,66 @@ __device__ __forceinline__ void fill_part(RingBarriers& ring, RingPlace& at, uns
 
 // A consumer warp: its tiles of a part, added to sums[token][row of the part], or stored if `add` is false.
 template <typename T, int V, int kTokens, bool kScaleSums>
-__device__ __forceinline__ void multiply_part(RingBarriers& ring, RingPlace& at, const unsigned char* shared,
+__device__ __forceinline__ void multiply_part(const Ring& ring, RingPlace& at, const unsigned char* shared,
                                               const Product& p, const MmaShape& shape, const MmaPart& part,
                                               int chunk_first, float* sums, bool add, int consumers) {
+  constexpr int kQuads = mma_quads(V, kTokens), kTiles = kTokens / 16;
   const int lane = threadIdx.x % 32, warp = warp_index(), k_warp = warp % shape.k_warps;
-  const int tile = warp / shape.k_warps * kMmaTileRows, pitch = shape.stage_rows + 8;
-  const int book_bytes = shape.stage_steps * 16 * pitch, sums_pitch = p.rows_per_range + 4;
+  const int tile = warp / shape.k_warps * (32 * kQuads), pitch = shape.stage_rows + 8;
+  const int step_bytes = 16 * pitch, book_bytes = shape.stage_steps * step_bytes, sums_pitch = p.rows_per_range + 4;
   const uint32_t copy = V == 4   ? lane % 16 * 8
                         : V == 8 ? lane % 8 * 16
                                  : lane / 2 % 2 * 64 + (lane / 4 % 2 * 2 + lane % 2) * 16;
   uint32_t x = shared_address(shared + shape.x) + lane * 16, tables = shared_address(shared) + copy;
   uint32_t lane_codes = shared_address(shared + shape.ring) + (lane % 4 * pitch + tile + lane / 4 * 4) * 4;
+  uint32_t lane_scales = shared_address(shared + shape.ring) + p.num_codebooks * book_bytes +
+                         (tile + (kScaleSums ? lane % 4 * 8 : lane / 4 * 4)) * 2;
   keep(x);
   keep(tables);
   keep(lane_codes);
-  constexpr int kTiles = (kTokens + 15) / 16;
-  float total[4][kTiles][4] = {}, step_sum[4][kTiles][4] = {};
+  keep(lane_scales);
+  float total[4 * kQuads][kTiles][4] = {}, step_sum[4 * kQuads][kTiles][4] = {};
   for (int row = 0; row < part.rows; row += shape.stage_rows) {
+    const int rows = part.rows - row - tile;  // from the warp's first
     for (int step = part.first_step; step < part.last_step; step += shape.stage_steps) {
-      const uint32_t stage = shared_address(shared + shape.ring) + at.stage * shape.stage_bytes;
-      const uint32_t codes = lane_codes + at.stage * shape.stage_bytes;
-      const uint32_t scales =
-          stage + p.num_codebooks * book_bytes + (tile + (kScaleSums ? lane % 4 * 8 : lane / 4 * 4)) * 2;
+      const uint32_t stage = at.stage * shape.stage_bytes;
       const int first_group = step * 4 / p.words_per_group;
-      wait(&ring.full[at.stage], at.phase);
-      for (int s = k_warp; s < shape.stage_steps && row + tile < part.rows; s += shape.k_warps) {
-        if (step + s >= part.last_step) break;
-        const int group = min((step + s) * 4 + lane % 4, p.words - 1) / p.words_per_group;
-        const uint32_t scale_place = scales + (group - first_group) * shape.stage_rows * 2;
-        const uint2 quad_scales = kScaleSums ? make_uint2(0, 0) : load_shared<uint2>(scale_place);
+      const int last = rows > 0 ? min(shape.stage_steps, part.last_step - step) : 0;
+      wait(ring.full(at.stage), at.phase);
+      for (int s = k_warp; s < last; s += shape.k_warps) {
+        const int word = (step + s) * 4;  // with kScaleSums the four words of a step share a group
+        const int group = (kScaleSums ? word : min(word + lane % 4, p.words - 1)) / p.words_per_group - first_group;
+        const uint32_t scales = lane_scales + stage + group * (shape.stage_rows * 2);
+        uint2 quad_scales[kQuads] = {};
+        if constexpr (!kScaleSums) {
+#pragma unroll
+          for (int quad = 0; quad < kQuads; ++quad) quad_scales[quad] = load_shared<uint2>(scales + quad * 64);
+        }
+        uint32_t codes = lane_codes + stage + s * step_bytes, table = tables;
+        const uint32_t step_x = x + (step + s - chunk_first) * (32 * V * kTokens);
 #pragma unroll 1
-        for (int i = 0; i < p.num_codebooks; ++i)
-          multiply_item<T, V, kTokens, !kScaleSums>(
-              kScaleSums ? step_sum : total, load_shared<uint4>(codes + i * book_bytes + s * 16 * pitch), quad_scales,
-              tables + i * kMmaTableBytes, x + (step + s - chunk_first) * (32 * V * kTokens));
-        if (kScaleSums) scale_sums<T, kTiles>(total, step_sum, load_shared<uint4>(scale_place));
+        for (int i = 0; i < p.num_codebooks; ++i) {
+          multiply_item<T, V, kTokens, !kScaleSums, kQuads>(kScaleSums ? step_sum : total, codes, quad_scales, table,
+                                                            step_x);
+          codes += book_bytes;
+          table += kMmaTableBytes;
+        }
+        if constexpr (kScaleSums) {
+#pragma unroll
+          for (int quad = 0; quad < kQuads; ++quad)
+            scale_sums<T>(total + 4 * quad, step_sum + 4 * quad, load_shared<uint4>(scales + quad * 64));
+        }
       }
       __syncwarp();
-      if (lane == 0) arrive(&ring.empty[at.stage]);
+      if (lane == 0) arrive(ring.empty(at.stage));
       at.advance(shape.stages);
     }
     for (int k = 0; k < shape.k_warps; ++k) {  // in this order: the sums do not depend on which warp is faster
-      if (k == k_warp)
-        put_sums<kTokens>(sums + row + tile, sums_pitch, total, add || k > 0, part.rows - row - tile, lane);
+      if (k == k_warp) {
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad)
+          put_sums(sums + row + tile + 32 * quad, sums_pitch, total + 4 * quad, add || k > 0, rows - 32 * quad, lane);
+      }
       if (shape.k_warps > 1) consumer_sync(consumers);
     }
   }
@@ -369,7 +382,8 @@ __global__ void __launch_bounds__((kWarps + kProducerWarps) * 32, 1)
     codebook_mma_kernel(const __grid_constant__ Product p, const __grid_constant__ MmaShape shape) {
   constexpr int kConsumers = kWarps * 32;
   CODEGEMM_DYNAMIC_SHARED(mma_shared);
-  CODEGEMM_SHARED(RingBarriers, ring);
+  CODEGEMM_SHARED(RingBarriers, barriers);
+  const Ring ring(barriers);
   float* sums = reinterpret_cast<float*>(mma_shared + shape.sums);
   const int lane = threadIdx.x % 32;
   const int warp = warp_index();
@@ -402,7 +416,7 @@ __global__ void __launch_bounds__((kWarps + kProducerWarps) * 32, 1)
         }
         if (chunk != staged_step) {
           if (staged_step >= 0) consumer_sync(kConsumers);  // the warps have finished with the previous x
-          stage_x<T, V, kTokens>(mma_shared + shape.x, p, chunk, part.last_step, kConsumers);
+          stage_x<T, V, kTokens>(mma_shared + shape.x, p, chunk, part.last_step, kWarps, warp, lane);
           staged_step = chunk;
         }
         consumer_sync(kConsumers);

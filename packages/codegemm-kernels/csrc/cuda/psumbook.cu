@@ -9,41 +9,33 @@
 namespace codegemm::cuda {
 namespace {
 
-constexpr int kQuads = 1, kThreads = kPsumbookThreads;
-constexpr int64_t kMostRows = 8192;   // of a range: 32 KB of sums
-constexpr int64_t kManyRows = 16384;  // from here clusters of 8, below 16: docs/log.md, "CUDA kernels", third sweep
+constexpr int64_t kMostRows = 8192;  // of a range: 32 KB of sums
+constexpr int kStages = 4;           // more of them do not help (docs/log.md, "CUDA kernels", sixth sweep)
 
-template <typename T, int V, int kShare, int kSlots>
-const char* launch(Product product, int cluster, int clusters, int device, cudaStream_t stream) {
+// The largest cluster that K has work for: the more of the chip shares K, the more rows share a table. Clusters of 16
+// leave 20 of an H200's 132 multiprocessors idle and are still the fastest at every shape measured.
+template <typename T, int V, int kShare>
+const char* launch(Product product, int device, cudaStream_t stream) {
+  const auto kernel = psumbook_kernel<T, V, kShare>;
+  const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
+  int cluster = 2 * kMaxCluster, clusters = 0;
+  while (clusters < 1 && cluster > 1) {
+    cluster /= 2;
+    if (units >= cluster) clusters = resident_clusters(kernel, kPsumbookThreads, device, cluster);
+  }
+  if (clusters < 1) return kDoesNotFit;
   const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), 16) * 16;
   product.rows_per_range = int(std::min(even, kMostRows));
   const int limit = device_limits(device).shared_bytes - kReservedShared;
   PsumbookLayout layout;
-  int stages = kMaxStages;
+  int stages = kStages;
   do {
-    layout = make_psumbook_layout(product, V, kShare, kSlots, kQuads, cluster, stages);
+    layout = make_psumbook_layout(product, kShare, cluster, stages);
   } while (layout.bytes > limit && --stages > 1);
   if (stages < 2) return kDoesNotFit;
   const int ranges = int(ceil_div(product.total_rows, product.rows_per_range));
-  return launch_kernel(psumbook_kernel<T, V, kShare, kSlots, kQuads>,
-                       {ranges * cluster, kThreads, layout.bytes, cluster, true}, stream, product, layout);
-}
-
-// The larger a cluster, the more rows share a table, and the fewer multiprocessors the chip can give to clusters.
-template <typename T, int V, int kShare>
-const char* launch(const Product& product, int device, cudaStream_t stream) {
-  const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
-  for (int cluster = product.total_rows < kManyRows ? 16 : 8; cluster > 0; cluster /= 2) {
-    const auto kernel = psumbook_kernel<T, V, kShare, 2, kQuads>;
-    const int clusters = units < cluster ? 0 : resident_clusters(kernel, kThreads, device, cluster);
-    if (clusters < 1) continue;
-    if (ceil_div(units, cluster) * kShare > 2) {  // two rounds of two slots: better one of four
-      const char* error = launch<T, V, kShare, 4>(product, cluster, clusters, device, stream);
-      if (error != kDoesNotFit) return error;
-    }
-    return launch<T, V, kShare, 2>(product, cluster, clusters, device, stream);
-  }
-  return kDoesNotFit;
+  return launch_kernel(kernel, {ranges * cluster, kPsumbookThreads, layout.bytes, cluster, true}, stream, product,
+                       layout);
 }
 
 template <typename T>

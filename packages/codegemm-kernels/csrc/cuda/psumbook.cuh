@@ -30,55 +30,78 @@ constexpr int kSlotBytes = 256 * 128;
 constexpr int kConsumerWarps = 16;
 constexpr int kPsumbookThreads = (kConsumerWarps + kProducerWarps) * 32;
 
-// Rows of a stage: a lane has kQuads quads of 4 rows, a warp 4 lanes side by side. And words between rows of its box.
-__host__ __device__ constexpr int stage_rows(int quads) { return kConsumerWarps * 16 * quads; }
-__host__ __device__ constexpr int stage_pitch(int quads) { return stage_rows(quads) + 4; }
+// 2 tables at a time and 2 quads of 4 rows a lane: the best or within 2 % of it at all shapes of docs/log.md; 4 tables
+// leave the ring two stages, 1 quad halves the rows that a barrier and a reduction are paid for.
+constexpr int kSlots = 2;
+constexpr int kQuads = 2;
+constexpr int kStageRows = kConsumerWarps * 16 * kQuads;  // a warp has 4 lanes side by side
+constexpr int kStagePitch = kStageRows + 4;               // words between rows of its box
 
-// x of the 32 positions of a block as the A operand of the table's matrix product, two tiles of 16 positions.
+// x of the 32 positions of a block as B operands of the table's matrix product, four tiles of 8 positions. Read past
+// the first-level cache: x may be younger than this kernel (wait_for_previous_kernel).
 template <typename T, int V>
 struct PositionFragments {
-  static constexpr int kRegisters = V == 16 ? 4 : 2;
-  uint32_t word[2][kRegisters];
+  static constexpr int kRegisters = V == 16 ? 2 : 1;
+  uint32_t word[4][kRegisters];
 
   __device__ __forceinline__ void load(const T* x, int block, int positions, int lane) {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
       for (int r = 0; r < kRegisters; ++r) {
-        const int position = block * 32 + tile * 16 + (r % 2) * 8 + lane / 4;
-        const int element = (r / 2) * 8 + (lane % 4) * 2;
+        const int position = block * 32 + tile * 8 + lane / 4, element = r * 8 + (lane % 4) * 2;
         const bool inside = position < positions && element < V;
-        word[tile][r] = inside ? *reinterpret_cast<const uint32_t*>(x + position * V + element) : 0;
+        word[tile][r] = inside ? load_fresh(x + position * V + element) : 0;
       }
     }
   }
 };
 
-// Fills entries 8*entry_tile .. +7 of one slot: products of 32 positions and 8 entries. A lane receives 4 positions of
-// 2 entries; lanes with equal lane/4 have the same positions, so they store them in rotated order to use all banks.
+// Entries 16 * entry_tile .. +15 of a codebook as the A operand.
+template <typename T, int V>
+struct EntryFragment {
+  uint32_t word[4] = {};  // rows g and g+8, elements 2c, 2c+1 and from there 8 further on
+
+  __device__ __forceinline__ void load(const T* codebook, int entry_tile, int lane) {
+    const int g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < (V == 16 ? 4 : 2); ++i) {
+      const T* source = codebook + (entry_tile * 16 + g + i % 2 * 8) * V + c * 2 + i / 2 * 8;
+      word[i] = V > 4 || c < 2 ? *reinterpret_cast<const uint32_t*>(source) : 0;
+    }
+  }
+};
+
+// Fills entries 16 * entry_tile .. +15 of one slot: products of 16 entries and 32 positions. Lane 4g + c receives
+// positions 2c, 2c+1 of each tile of 8, for entries g and g+8. Lanes of equal c have the same banks, so they store
+// their tiles in rotated order, which uses all of them.
 template <typename T, int V>
 __device__ __forceinline__ void fill_table(unsigned char* slot, const PositionFragments<T, V>& positions,
-                                           const T* codebook, int entry_tile, int lane) {
+                                           const EntryFragment<T, V>& entries, int entry_tile, int lane) {
   const int g = lane / 4, c = lane % 4;
-  const T* entry = codebook + (entry_tile * 8 + g) * V + c * 2;
-  const uint32_t b0 = V > 4 || c < 2 ? *reinterpret_cast<const uint32_t*>(entry) : 0;
-  float sum[2][4] = {};
-  if constexpr (V == 16) {
-    const uint32_t b1 = *reinterpret_cast<const uint32_t*>(entry + 8);
-    mma_k16<T>(sum[0], positions.word[0], b0, b1);
-    mma_k16<T>(sum[1], positions.word[1], b0, b1);
-  } else {
-    mma_k8<T>(sum[0], positions.word[0][0], positions.word[0][1], b0);
-    mma_k8<T>(sum[1], positions.word[1][0], positions.word[1][1], b0);
+  float sum[4][4] = {};
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    if constexpr (V == 16)
+      mma_k16<T>(sum[tile], entries.word, positions.word[tile][0], positions.word[tile][1]);
+    else
+      mma_k8<T>(sum[tile], entries.word[0], entries.word[1], positions.word[tile][0]);
   }
-  unsigned char* row = slot + (entry_tile * 8 + 2 * c) * 128 + g * 4;
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    float a0 = sum[0][j], a1 = sum[0][2 + j], a2 = sum[1][j], a3 = sum[1][2 + j];
-    const float b0_ = c & 1 ? a1 : a0, b1_ = c & 1 ? a2 : a1, b2_ = c & 1 ? a3 : a2, b3_ = c & 1 ? a0 : a3;
-    const float rotated[4] = {c & 2 ? b2_ : b0_, c & 2 ? b3_ : b1_, c & 2 ? b0_ : b2_, c & 2 ? b1_ : b3_};
+  for (int i = 0; i < 4; ++i) {  // sum[s] becomes the tile (s + g) % 4
+    const float a0 = sum[0][i], a1 = sum[1][i], a2 = sum[2][i], a3 = sum[3][i];
+    const float b0 = g & 1 ? a1 : a0, b1 = g & 1 ? a2 : a1, b2 = g & 1 ? a3 : a2, b3 = g & 1 ? a0 : a3;
+    sum[0][i] = g & 2 ? b2 : b0;
+    sum[1][i] = g & 2 ? b3 : b1;
+    sum[2][i] = g & 2 ? b0 : b2;
+    sum[3][i] = g & 2 ? b1 : b3;
+  }
+  unsigned char* row = slot + (entry_tile * 16 + g) * 128 + c * 8;
 #pragma unroll
-    for (int s = 0; s < 4; ++s) *reinterpret_cast<float*>(row + j * 128 + ((s + c) & 3) * 32) = rotated[s];
+  for (int s = 0; s < 4; ++s) {
+    unsigned char* place = row + ((s + g) & 3) * 32;
+    *reinterpret_cast<float2*>(place) = make_float2(sum[s][0], sum[s][1]);
+    *reinterpret_cast<float2*>(place + 8 * 128) = make_float2(sum[s][2], sum[s][3]);
   }
 }
 
@@ -108,31 +131,22 @@ struct Lookup {
   }
 };
 
-// Sums 4 * kQuads rows over the eight lanes of equal lane/8. Row i is row i%4 of quad i/4. With one quad lane l returns
-// row (l/2)%4 and odd lanes a copy, with two it returns row l%8.
-template <int kQuads>
+// Sums 8 rows over the eight lanes of equal lane/8; lane l returns row l%8. Row i is row i%4 of quad i/4.
 __device__ __forceinline__ float reduce_rows(float (&sum)[4 * kQuads], int lane) {
-  if constexpr (kQuads == 2) {
-    const bool upper = lane & 4;
+  static_assert(kQuads == 2);
+  const bool bit2 = lane & 4, bit1 = lane & 2, bit0 = lane & 1;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float sent = upper ? sum[i] : sum[4 + i];
-      sum[i] = (upper ? sum[4 + i] : sum[i]) + __shfl_xor_sync(~0u, sent, 4);
-    }
+  for (int i = 0; i < 4; ++i) {
+    const float sent = bit2 ? sum[i] : sum[4 + i];
+    sum[i] = (bit2 ? sum[4 + i] : sum[i]) + __shfl_xor_sync(~0u, sent, 4);
   }
-  constexpr int kFirst = kQuads == 2 ? 2 : 4;  // the lane bits that remain
-  const bool upper = lane & kFirst, odd = lane & (kFirst / 2);
-  float low = upper ? sum[2] : sum[0], high = upper ? sum[3] : sum[1];
-  low += __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], kFirst);
-  high += __shfl_xor_sync(~0u, upper ? sum[1] : sum[3], kFirst);
-  float row = odd ? high : low;
-  row += __shfl_xor_sync(~0u, odd ? low : high, kFirst / 2);
-  if constexpr (kQuads == 1) row += __shfl_xor_sync(~0u, row, 1);
-  return row;
+  float low = bit1 ? sum[2] : sum[0], high = bit1 ? sum[3] : sum[1];
+  low += __shfl_xor_sync(~0u, bit1 ? sum[0] : sum[2], 2);
+  high += __shfl_xor_sync(~0u, bit1 ? sum[1] : sum[3], 2);
+  return (bit0 ? high : low) + __shfl_xor_sync(~0u, bit0 ? low : high, 1);
 }
 
 // A chunk of up to kSlots slots: which they are, and the scale groups their words lie in.
-template <int kSlots>
 struct Chunk {
   int slots;          // how many there are
   int block[kSlots];  // the 32 positions of each slot
@@ -158,7 +172,7 @@ struct Chunk {
 };
 
 // The producer warps' view of a chunk: where the runs of each slot start, for row 0 of the segment.
-template <typename T, int kSlots, int kQuads>
+template <typename T>
 struct Runs {
   const unsigned char* codes[kSlots];
   int words[kSlots];
@@ -166,7 +180,7 @@ struct Runs {
   int groups, row_bytes;
   int64_t rows;
 
-  __device__ __forceinline__ Runs(const Product& p, const Segment& segment, const Chunk<kSlots>& chunk) {
+  __device__ __forceinline__ Runs(const Product& p, const Segment& segment, const Chunk& chunk) {
     rows = segment.out_features;
     groups = chunk.groups;
     row_bytes = 2 * groups;
@@ -181,15 +195,14 @@ struct Runs {
     scales = reinterpret_cast<const unsigned char*>(static_cast<const T*>(segment.scales) + chunk.first_group * rows);
   }
 
-  __device__ __forceinline__ void fill(RingBarriers& ring, const RingPlace& at, unsigned char* stage, int64_t row,
+  __device__ __forceinline__ void fill(const Ring& ring, const RingPlace& at, unsigned char* stage, int64_t row,
                                        int count, int producer, int lane) const {
-    constexpr int kPitch = stage_pitch(kQuads);
     begin_fill(ring, at, count * row_bytes, producer, lane);
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
-      copy_runs(ring, at, stage + s * 8 * kPitch * 4, kPitch * 4, codes[s] + row * 4, rows * 4, words[s], count * 4,
-                producer, lane);
-    copy_runs(ring, at, stage + kSlots * 8 * kPitch * 4, stage_rows(kQuads) * 2, scales + row * 2, rows * 2, groups,
+      copy_runs(ring, at, stage + s * 8 * kStagePitch * 4, kStagePitch * 4, codes[s] + row * 4, rows * 4, words[s],
+                count * 4, producer, lane);
+    copy_runs(ring, at, stage + kSlots * 8 * kStagePitch * 4, kStageRows * 2, scales + row * 2, rows * 2, groups,
               count * 2, producer, lane);
     end_fill(ring, at);
   }
@@ -197,17 +210,16 @@ struct Runs {
 
 // Sums of the warp's 16 * kQuads rows over the slots of a stage. codes and scales: shared-memory addresses of the
 // lane's first quad; scale_row[s]: how far on the scales of slot s lie.
-template <typename T, int kShare, int kSlots, int kQuads>
+template <typename T, int kShare>
 __device__ __forceinline__ float sum_tile(const Lookup& lookup, uint32_t codes, uint32_t scales, int slots,
                                           const int (&scale_row)[kSlots / kShare], int lane) {
-  constexpr int kPitch = stage_pitch(kQuads);
   float sum[4 * kQuads] = {};
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     if (s > 0 && s >= slots) break;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      const uint4 code = load_shared<uint4>(codes + s * 8 * kPitch * 4 + quad * 64);
+      const uint4 code = load_shared<uint4>(codes + s * 8 * kStagePitch * 4 + quad * 64);
       const uint2 scale = load_shared<uint2>(scales + scale_row[s / kShare] + quad * 32);
       const float2 low = unpack_pair<T>(scale.x), high = unpack_pair<T>(scale.y);
       float* row = sum + 4 * quad;
@@ -217,24 +229,29 @@ __device__ __forceinline__ float sum_tile(const Lookup& lookup, uint32_t codes, 
       row[3] = fmaf(high.y, lookup.sum(code.w, s), row[3]);
     }
   }
-  return reduce_rows<kQuads>(sum, lane);
+  return reduce_rows(sum, lane);
 }
 
-// Fills the tables of a chunk from the block's slice of x and the codebooks, both in shared memory.
-template <typename T, int V, int kSlots>
-__device__ __forceinline__ void fill_tables(const Chunk<kSlots>& chunk, unsigned char* table, const T* x,
-                                            int first_block, int positions, const T* codebooks, int warp, int lane) {
-  PositionFragments<T, V> fragments[kSlots];
+// What a warp fills its 16 entries of each table of a chunk from: loaded while the chunk before is multiplied.
+template <typename T, int V>
+struct TableInputs {
+  static_assert(kConsumerWarps * 16 == 256);
+  PositionFragments<T, V> positions[kSlots];
+  EntryFragment<T, V> entries[kSlots];
+
+  __device__ __forceinline__ void load_positions(const Chunk& chunk, const T* x, int count, int lane) {
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s) fragments[s].load(x, chunk.block[s] - first_block, positions, lane);
-#pragma unroll
-  for (int entry_tile = warp; entry_tile < 32; entry_tile += kConsumerWarps) {
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s)
-      fill_table<T, V>(table + s * kSlotBytes, fragments[s], codebooks + chunk.codebook[s] * (256 * V), entry_tile,
-                       lane);
+    for (int s = 0; s < kSlots; ++s) positions[s].load(x, chunk.block[s], count, lane);
   }
-}
+  __device__ __forceinline__ void load_entries(const Chunk& chunk, const T* codebooks, int warp, int lane) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) entries[s].load(codebooks + chunk.codebook[s] * (256 * V), warp, lane);
+  }
+  __device__ __forceinline__ void fill(unsigned char* table, int warp, int lane) const {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) fill_table<T, V>(table + s * kSlotBytes, positions[s], entries[s], warp, lane);
+  }
+};
 
 // Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows.
 template <typename T>
@@ -255,95 +272,87 @@ __device__ __forceinline__ void reduce_and_store(const Product& p, const float* 
 // Where things lie in dynamic shared memory after the tables, which start it.
 struct PsumbookLayout {
   int stages, stage_bytes;
-  int ring, sums, x, codebooks, bytes;  // offsets; the whole
-  int share_rows;                       // rows of a range that each block of the cluster stores
-  int share;                            // slots that share a scale stay in one block: a unit of `units`
+  int ring, sums, bytes;  // offsets; the whole
+  int share_rows;         // rows of a range that each block of the cluster stores
+  int share;              // slots that share a scale stay in one block: a unit of `units`
   Shares units;
 };
 
-inline PsumbookLayout make_psumbook_layout(const Product& p, int vector_length, int share, int slots, int quads,
-                                           int cluster, int stages) {
+inline PsumbookLayout make_psumbook_layout(const Product& p, int share, int cluster, int stages) {
   const int units = (p.words + 7) / 8 * p.num_codebooks / share;
   PsumbookLayout layout;
   layout.share = share;
   layout.units = {units / cluster, units % cluster};
   layout.share_rows = (p.rows_per_range + cluster - 1) / cluster;
-  int x_words = 0;
-  for (int rank = 0; rank < cluster; ++rank) {
-    const int first = layout.units.first(rank) * share, last = layout.units.first(rank + 1) * share;
-    const int blocks = (last + p.num_codebooks - 1) / p.num_codebooks - first / p.num_codebooks;
-    x_words = blocks * 8 > x_words ? blocks * 8 : x_words;
-  }
-  const int groups = (8 * slots - 1) / int(p.words_per_group.value) + 2;  // the most the words of a chunk lie in
+  const int groups = (8 * kSlots - 1) / int(p.words_per_group.value) + 2;  // the most the words of a chunk lie in
   layout.stages = stages;
-  layout.stage_bytes = slots * 8 * stage_pitch(quads) * 4 + groups * stage_rows(quads) * 2;
-  layout.ring = slots * kSlotBytes;
+  layout.stage_bytes = kSlots * 8 * kStagePitch * 4 + groups * kStageRows * 2;
+  layout.ring = kSlots * kSlotBytes;
   layout.sums = layout.ring + stages * layout.stage_bytes;
-  layout.x = layout.sums + (p.rows_per_range * 4 + 127) / 128 * 128;
-  layout.codebooks = layout.x + (x_words * 8 * vector_length + 127) / 128 * 128;
-  layout.bytes = layout.codebooks + p.num_codebooks * 512 * vector_length;
+  layout.bytes = layout.sums + p.rows_per_range * 4;
   return layout;
 }
 
 // Consumer warps: `rows` rows of a segment times this block's slots, added to sums[0 .. rows).
-template <typename T, int V, int kShare, int kSlots, int kQuads>
-__device__ __forceinline__ void multiply_segment(const Product& p, const PsumbookLayout& layout, int first_slot,
-                                                 int last_slot, int rows, RingBarriers& ring, RingPlace& at,
-                                                 unsigned char* shared, float* sums, int warp, int lane) {
+template <typename T, int V, int kShare>
+__device__ __forceinline__ void multiply_segment(const Product& p, const Segment& segment, const PsumbookLayout& layout,
+                                                 int first_slot, int last_slot, int rows, const Ring& ring,
+                                                 RingPlace& at, unsigned char* shared, float* sums, int warp,
+                                                 int lane) {
   const Lookup lookup(shared, lane);
-  const int first_block = first_slot / p.codebooks;
   const int column = warp * 16 * kQuads + lane / 8 * 4;  // of the lane's first quad in a stage
-  uint32_t lane_codes = shared_address(shared + layout.ring) + (lane % 8 * stage_pitch(kQuads) + column) * 4;
-  uint32_t lane_scales = shared_address(shared + layout.ring) + kSlots * 8 * stage_pitch(kQuads) * 4 + column * 2;
+  uint32_t lane_codes = shared_address(shared + layout.ring) + (lane % 8 * kStagePitch + column) * 4;
+  uint32_t lane_scales = shared_address(shared + layout.ring) + kSlots * 8 * kStagePitch * 4 + column * 2;
   keep(lane_codes);
   keep(lane_scales);
-  // The row that reduce_rows leaves in this lane; with one quad odd lanes have a copy that they do not store.
-  const int out =
-      warp * 16 * kQuads + (kQuads == 2 ? lane % 8 / 4 * 16 + lane / 8 * 4 + lane % 4 : lane / 8 * 4 + lane / 2 % 4);
-  const bool stores = kQuads == 2 || lane % 2 == 0;
+  // The row that reduce_rows leaves in this lane.
+  const int out = warp * 16 * kQuads + lane % 8 / 4 * 16 + lane / 8 * 4 + lane % 4;
+  const T* codebooks = static_cast<const T*>(segment.codebooks);
+  const T* x = static_cast<const T*>(p.x);
+  Chunk chunk(p, first_slot, last_slot);
+  TableInputs<T, V> inputs;
+  inputs.load_entries(chunk, codebooks, warp, lane);
+  wait_for_previous_kernel();  // codes and codebooks are weights: only x needs the wait
+  inputs.load_positions(chunk, x, p.words * 4, lane);
   for (int slot = first_slot; slot < last_slot; slot += kSlots) {
-    const Chunk<kSlots> chunk(p, slot, last_slot);
     int scale_row[kSlots / kShare];
 #pragma unroll
     for (int s = 0; s < kSlots; s += kShare) {
       const int word = min(chunk.block[s] * 8 + lane % 8, p.words - 1);
-      scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * stage_rows(kQuads) * 2;
+      scale_row[s / kShare] = (word / p.words_per_group - chunk.first_group) * kStageRows * 2;
     }
-    consumer_sync(kConsumerWarps * 32);  // x and codebooks are there; every warp has finished with the last table
-    fill_tables<T, V, kSlots>(chunk, shared, reinterpret_cast<const T*>(shared + layout.x), first_block,
-                              p.words * 4 - first_block * 32, reinterpret_cast<const T*>(shared + layout.codebooks),
-                              warp, lane);
+    const int slots = chunk.slots;
+    consumer_sync(kConsumerWarps * 32);  // sums are there; every warp has finished with the last table
+    inputs.fill(shared, warp, lane);
     consumer_sync(kConsumerWarps * 32);
-    for (int row = 0; row < rows; row += stage_rows(kQuads)) {
-      wait(&ring.full[at.stage], at.phase);
+    if (slot + kSlots < last_slot) {
+      chunk = Chunk(p, slot + kSlots, last_slot);
+      inputs.load_entries(chunk, codebooks, warp, lane);
+      inputs.load_positions(chunk, x, p.words * 4, lane);
+    }
+    for (int row = 0; row < rows; row += kStageRows) {
+      wait(ring.full(at.stage), at.phase);
       if (row + warp * 16 * kQuads < rows) {
         const uint32_t stage = at.stage * layout.stage_bytes;
-        const float sum = sum_tile<T, kShare, kSlots, kQuads>(lookup, lane_codes + stage, lane_scales + stage,
-                                                              chunk.slots, scale_row, lane);
-        if (stores && row + out < rows) sums[row + out] += sum;
+        const float sum = sum_tile<T, kShare>(lookup, lane_codes + stage, lane_scales + stage, slots, scale_row, lane);
+        if (row + out < rows) sums[row + out] += sum;
       }
       __syncwarp();
-      if (lane == 0) arrive(&ring.empty[at.stage]);
+      if (lane == 0) arrive(ring.empty(at.stage));
       at.advance(layout.stages);
     }
   }
 }
 
-// Copies elements [0, count) to shared memory; count and both addresses are multiples of 16 bytes.
-template <typename T>
-__device__ __forceinline__ void copy_to_shared(T* target, const T* source, int count) {
-  for (int i = threadIdx.x * 8; i < count; i += kConsumerWarps * 32 * 8)
-    *reinterpret_cast<uint4*>(target + i) = *reinterpret_cast<const uint4*>(source + i);
-}
-
 // Grid: clusters x ranges of rows. 16 consumer warps and the producers. Dynamic shared memory: the tables, kSlots x 32
 // KB, and what `layout` says.
-template <typename T, int V, int kShare, int kSlots, int kQuads>
+template <typename T, int V, int kShare>
 __global__ void __launch_bounds__(kPsumbookThreads, 1)
     psumbook_kernel(const __grid_constant__ Product p, const __grid_constant__ PsumbookLayout layout) {
 #if CODEGEMM_HAS_CLUSTERS
   CODEGEMM_DYNAMIC_SHARED(psumbook_shared);
-  CODEGEMM_SHARED(RingBarriers, ring);
+  CODEGEMM_SHARED(RingBarriers, barriers);
+  const Ring ring(barriers);
   float* sums = reinterpret_cast<float*>(psumbook_shared + layout.sums);
   uint32_t lane_id = threadIdx.x % 32;
   keep(lane_id);
@@ -364,29 +373,20 @@ __global__ void __launch_bounds__(kPsumbookThreads, 1)
     const int rows = int(to - from);
     if (warp >= kConsumerWarps) {
       for (int slot = first_slot; slot < last_slot; slot += kSlots) {
-        const Runs<T, kSlots, kQuads> runs(p, segment, Chunk<kSlots>(p, slot, last_slot));
-        for (int row = 0; row < rows; row += stage_rows(kQuads)) {
+        const Runs<T> runs(p, segment, Chunk(p, slot, last_slot));
+        for (int row = 0; row < rows; row += kStageRows) {
           runs.fill(ring, at, psumbook_shared + layout.ring + at.stage * layout.stage_bytes,
-                    from - segment.first_row + row, min(stage_rows(kQuads), rows - row), warp - kConsumerWarps, lane);
+                    from - segment.first_row + row, min(kStageRows, rows - row), warp - kConsumerWarps, lane);
           at.advance(layout.stages);
         }
       }
       continue;
     }
-    if (started) consumer_sync(kConsumerWarps * 32);  // the warps have finished with the previous codebooks
-    copy_to_shared(reinterpret_cast<T*>(psumbook_shared + layout.codebooks), static_cast<const T*>(segment.codebooks),
-                   p.num_codebooks * 256 * V);
-    if (!started) {
+    if (!started)
       for (int i = threadIdx.x; i < p.rows_per_range; i += kConsumerWarps * 32) sums[i] = 0;
-      wait_for_previous_kernel();  // codes and codebooks are weights: only x needs the wait
-      const int first_word = first_slot / p.codebooks * 8;
-      const int words = min((last_slot + p.num_codebooks - 1) / p.codebooks * 8, p.words) - first_word;
-      copy_to_shared(reinterpret_cast<T*>(psumbook_shared + layout.x), static_cast<const T*>(p.x) + first_word * 4 * V,
-                     words * 4 * V);
-      started = true;
-    }
-    multiply_segment<T, V, kShare, kSlots, kQuads>(p, layout, first_slot, last_slot, rows, ring, at, psumbook_shared,
-                                                   sums + (from - first), warp, lane);
+    started = true;
+    multiply_segment<T, V, kShare>(p, segment, layout, first_slot, last_slot, rows, ring, at, psumbook_shared,
+                                   sums + (from - first), warp, lane);
   }
   cluster_sync();
   reduce_and_store<T>(p, sums, layout.share_rows, first, last);

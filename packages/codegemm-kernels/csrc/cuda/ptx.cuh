@@ -93,8 +93,9 @@ __device__ __forceinline__ float load_from_rank(uint32_t address, int rank) {
   return value;
 }
 
-__device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+// Barriers are named by their shared-memory addresses: from pointers the compiler works them out again at every use.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 // After all barriers of a block have been initialised.
 __device__ __forceinline__ void fence_barriers() {
@@ -103,37 +104,34 @@ __device__ __forceinline__ void fence_barriers() {
 #endif
 }
 
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
-               : "memory");
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
 // Waits for the end of the phase of this parity. A fresh barrier counts as having ended a phase of parity 1.
-__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
-  const uint32_t address = shared_address(barrier);
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
 #if CODEGEMM_HAS_CLUSTERS
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
-                 : "r"(address), "r"(parity)
+                 : "r"(barrier), "r"(parity)
                  : "memory");
 #else
     asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
-                 : "r"(address), "r"(parity)
+                 : "r"(barrier), "r"(parity)
                  : "memory");
 #endif
   }
 }
 
 // One thread announces `bytes` that will arrive at the barrier, and arrives.
-__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
 #if CODEGEMM_HAS_CLUSTERS
-  asm volatile(
-      "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -161,8 +159,16 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const unsigned char* 
 __device__ __forceinline__ void copy_16(uint32_t target, const unsigned char* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
-__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Two 16-bit numbers from global memory, not from the first-level cache: they may be younger than this kernel.
+template <typename T>
+__device__ __forceinline__ uint32_t load_fresh(const T* pair) {
+  uint32_t value;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(pair) : "memory");
+  return value;
 }
 
 // Barrier over the consumer warps only.

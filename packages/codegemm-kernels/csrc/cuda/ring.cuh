@@ -8,12 +8,21 @@
 namespace codegemm::cuda {
 
 constexpr int kMaxStages = 8;
-constexpr int kProducerWarps = 4;  // a copy takes a warp 65 cycles to issue, a stage has 18 to 40 of them
+constexpr int kProducerWarps = 2;  // a copy takes a warp 65 cycles to issue, a stage has 18 to 40 of them
 
-// The barriers of a ring, in shared memory. full: one phase a filled stage. empty: one phase a stage all warps left.
+// What the barriers of a ring take of shared memory.
 struct RingBarriers {
-  uint64_t full[kMaxStages];
-  uint64_t empty[kMaxStages];
+  uint64_t barrier[2 * kMaxStages];
+};
+
+// The barriers of a ring by address. full: one phase a filled stage. empty: one phase a stage all warps left.
+struct Ring {
+  uint32_t barriers;
+  __device__ __forceinline__ explicit Ring(const RingBarriers& storage) : barriers(shared_address(&storage)) {
+    keep(barriers);
+  }
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + stage * 8; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + (kMaxStages + stage) * 8; }
 };
 
 // Position in the ring: stage and the parity of the phase it is in.
@@ -29,19 +38,19 @@ struct RingPlace {
 };
 
 // One thread sets the ring up; a block barrier must follow.
-__device__ __forceinline__ void init_ring(RingBarriers& ring, int stages, int consumer_warps) {
+__device__ __forceinline__ void init_ring(const Ring& ring, int stages, int consumer_warps) {
   for (int s = 0; s < stages; ++s) {
-    init_barrier(&ring.full[s], CODEGEMM_HAS_CLUSTERS ? 1 : 32 * kProducerWarps);
-    init_barrier(&ring.empty[s], consumer_warps);
+    init_barrier(ring.full(s), CODEGEMM_HAS_CLUSTERS ? 1 : 32 * kProducerWarps);
+    init_barrier(ring.empty(s), consumer_warps);
   }
   fence_barriers();
 }
 
 // Producer warps: wait until the stage is empty, and the first announces `bytes`; then any number of copy_runs; then
 // end_fill. The other warps' bytes may arrive before they are announced: the phase cannot end before the announcement.
-__device__ __forceinline__ void begin_fill(RingBarriers& ring, const RingPlace& at, int bytes, int producer, int lane) {
-  wait(&ring.empty[at.stage], at.phase ^ 1);
-  if (CODEGEMM_HAS_CLUSTERS && producer == 0 && lane == 0) expect_bytes(&ring.full[at.stage], bytes);
+__device__ __forceinline__ void begin_fill(const Ring& ring, const RingPlace& at, int bytes, int producer, int lane) {
+  wait(ring.empty(at.stage), at.phase ^ 1);
+  if (CODEGEMM_HAS_CLUSTERS && producer == 0 && lane == 0) expect_bytes(ring.full(at.stage), bytes);
   __syncwarp();
 }
 
@@ -49,14 +58,14 @@ __device__ __forceinline__ void begin_fill(RingBarriers& ring, const RingPlace& 
 // each producer warp every kProducerWarps-th of them. One lane issues the bulk copies, chosen by elect.sync: under
 // `lane == 0` or with a run a lane the compiler wraps each copy in a loop over lanes, 140 cycles a copy, which alone
 // held the kernels at 1.4 to 1.6 TB/s.
-__device__ __forceinline__ void copy_runs(RingBarriers& ring, const RingPlace& at, unsigned char* target,
-                                          int target_step, const unsigned char* source, int64_t source_step, int runs,
-                                          int bytes, int producer, int lane) {
+__device__ __forceinline__ void copy_runs(const Ring& ring, const RingPlace& at, unsigned char* target, int target_step,
+                                          const unsigned char* source, int64_t source_step, int runs, int bytes,
+                                          int producer, int lane) {
   uint32_t address = shared_address(target) + producer * target_step;
   source += producer * source_step;
 #if CODEGEMM_HAS_CLUSTERS
   if (!elect_lane()) return;
-  const uint32_t barrier = shared_address(&ring.full[at.stage]);
+  const uint32_t barrier = ring.full(at.stage);
 #endif
   for (int i = producer; i < runs; i += kProducerWarps) {
 #if CODEGEMM_HAS_CLUSTERS
@@ -69,11 +78,11 @@ __device__ __forceinline__ void copy_runs(RingBarriers& ring, const RingPlace& a
   }
 }
 
-__device__ __forceinline__ void end_fill(RingBarriers& ring, const RingPlace& at) {
+__device__ __forceinline__ void end_fill(const Ring& ring, const RingPlace& at) {
 #if CODEGEMM_HAS_CLUSTERS
   __syncwarp();
 #else
-  arrive_after_copies(&ring.full[at.stage]);
+  arrive_after_copies(ring.full(at.stage));
 #endif
 }
 

@@ -73,31 +73,24 @@ bool run_mma(Product p, unsigned seed) {
   return true;
 }
 
-template <typename T, int V, int kShare, int kSlots, int kQuads>
+template <typename T, int V, int kShare>
 bool run_psumbook(Product p, unsigned seed) {
   const int cluster = pick({1, 2, 4}), ranges = pick({1, 2, 3});
   p.rows_per_range = int((p.total_rows + ranges - 1) / ranges + 15) / 16 * 16;
-  const PsumbookLayout layout = make_psumbook_layout(p, V, kShare, kSlots, kQuads, cluster, pick({2, 3}));
+  const PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, pick({2, 3}));
   const int blocks = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range) * cluster;
   emulation::launch(blocks, kPsumbookThreads, cluster, layout.bytes, seed, false,
-                    [&] { psumbook_kernel<T, V, kShare, kSlots, kQuads>(p, layout); });
+                    [&] { psumbook_kernel<T, V, kShare>(p, layout); });
   return true;
 }
 
 template <typename T, int V>
 bool run(const Product& p, int kernel, unsigned seed) {
 #if CODEGEMM_HAS_CLUSTERS
-  if (kernel == 0 && p.tokens == 1) {
-    if (p.num_codebooks % 2) return run_psumbook<T, V, 1, 2, 1>(p, seed);
-    return run_psumbook<T, V, 2, 2, 1>(p, seed);
-  }
-  if (kernel == 1 && p.tokens == 1) {
-    if (p.num_codebooks % 2) return run_psumbook<T, V, 1, 4, 2>(p, seed);
-    return run_psumbook<T, V, 2, 4, 1>(p, seed);
-  }
+  if (kernel < 2 && p.tokens == 1)
+    return p.num_codebooks % 2 ? run_psumbook<T, V, 1>(p, seed) : run_psumbook<T, V, 2>(p, seed);
 #endif
   const bool sums = p.words_per_group.value % 4 == 0;
-  if (p.tokens <= 8) return sums ? run_mma<T, V, 8, true, 16>(p, seed) : run_mma<T, V, 8, false, 16>(p, seed);
   if (p.tokens <= 16) return sums ? run_mma<T, V, 16, true, 16>(p, seed) : run_mma<T, V, 16, false, 16>(p, seed);
   if (p.tokens <= 32) return run_mma<T, V, 32, false, 8>(p, seed);
   return run_mma<T, V, 64, false, 8>(p, seed);

@@ -31,7 +31,9 @@ inline unsigned char* at(uint32_t address, size_t bytes) {
   if (bytes <= 16 && offset % bytes) fail("a misaligned access of shared memory");
   return block.shared + offset;
 }
-inline Barrier& barrier_at(const uint64_t* barrier) { return current->block->barriers[barrier]; }
+inline Barrier& barrier_at(uint32_t address) {
+  return current->block->barriers[reinterpret_cast<const uint64_t*>(at(address, 8))];
+}
 }  // namespace emulation
 
 inline void __syncwarp() { emulation::meet("__syncwarp", nullptr, 0); }
@@ -83,19 +85,19 @@ inline float load_from_rank(uint32_t address, int rank) {
 inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() {}
 
-inline void init_barrier(uint64_t* barrier, int count) { emulation::barrier_at(barrier).expected = count; }
+inline void init_barrier(uint32_t barrier, int count) { emulation::barrier_at(barrier).expected = count; }
 inline void fence_barriers() {}
-inline void arrive(uint64_t* barrier) {
+inline void arrive(uint32_t barrier) {
   emulation::Barrier& b = emulation::barrier_at(barrier);
   ++b.arrived;
   if (b.arrived > b.expected) emulation::fail("more arrivals than the barrier counts");
   emulation::complete(b);
 }
-inline void wait(uint64_t* barrier, uint32_t parity) {
+inline void wait(uint32_t barrier, uint32_t parity) {
   const emulation::Barrier& b = emulation::barrier_at(barrier);
   while (b.generation % 2 == parity) emulation::wait_while(b.generation, b.generation);
 }
-inline void expect_bytes(uint64_t* barrier, int bytes) {
+inline void expect_bytes(uint32_t barrier, int bytes) {
   emulation::barrier_at(barrier).bytes += bytes;
   arrive(barrier);
 }
@@ -105,7 +107,7 @@ inline bool elect_lane() {
 }
 inline void copy_bulk(uint32_t target, const unsigned char* source, int bytes, uint32_t barrier) {
   if (bytes % 16 || target % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("a misaligned bulk copy");
-  emulation::Barrier* b = &emulation::barrier_at(reinterpret_cast<uint64_t*>(emulation::at(barrier, 8)));
+  emulation::Barrier* b = &emulation::barrier_at(barrier);
   emulation::cluster->copies.push_back([=] {
     std::memcpy(emulation::at(target, bytes), source, bytes);
     b->bytes -= bytes;
@@ -116,13 +118,18 @@ inline void copy_16(uint32_t target, const unsigned char* source) {
   if (reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("a misaligned copy");
   emulation::cluster->copies.push_back([=] { std::memcpy(emulation::at(target, 16), source, 16); });
 }
-inline void arrive_after_copies(uint64_t* barrier) {
-  emulation::Thread* thread = emulation::current;
+inline void arrive_after_copies(uint32_t barrier) {
+  emulation::Barrier* b = &emulation::barrier_at(barrier);
   emulation::cluster->copies.push_back([=] {  // copies end in order here
-    emulation::Barrier& b = thread->block->barriers[barrier];
-    ++b.arrived;
-    emulation::complete(b);
+    ++b->arrived;
+    emulation::complete(*b);
   });
+}
+template <typename T>
+uint32_t load_fresh(const T* pair) {
+  uint32_t value;
+  std::memcpy(&value, pair, 4);
+  return value;
 }
 inline void consumer_sync(int threads) {
   __syncwarp();
