@@ -158,6 +158,6 @@ def _summary(source: Source, to: Format, out: Path, total_bytes: int) -> dict[st
         "out": str(out),
         "scheme": None if scheme is None else str(scheme),
         "layers": len(source.layers) - len(reasons) if scheme is not None else 0,
-        "dense_layers": [*source.reasons] if scheme is not None else source.layers,
+        "dense_layers": [] if to == "dense" else [*source.reasons],
         "bytes": total_bytes,
     }
