@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, reference
 from codegemm_kernels.checkpoint import check_layer, checkpoint_files, quantized_names, read_config, read_headers
-from codegemm_quant import QuantizeConfig, ptq, quantize
+from codegemm_quant import QuantizeConfig, block_fit, quantize
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def dequantised_model(folder, dense_folder):
 def test_a_checkpoint_is_ready_and_whole(config):
     report = quantize(config)
     folder = Path(config.out)
-    assert list(report) == ["out", "scheme", "bits_per_weight", "seconds", "blocks"]
+    assert list(report) == ["out", "scheme", "bits_per_weight", "seconds", "blocks", "stages"]
     assert (report["out"], report["scheme"], report["blocks"]) == (config.out, "m1v4g32", 2)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert [p for p in folder.parent.iterdir() if "partial" in p.name or p.name.endswith(".work")] == []
@@ -100,17 +100,17 @@ def test_skipped_layers_stay_dense(config):
 def test_an_interrupted_run_continues_to_the_same_bits(config, monkeypatch, tmp_path):
     undisturbed = replace(config, out=str(tmp_path / "undisturbed"))
     quantize(undisturbed)
-    original = ptq.tune_block
+    original = block_fit.tune_block
 
     def interrupted(*args):
         if args[-1].name.endswith(".1"):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(ptq, "tune_block", interrupted)
+    monkeypatch.setattr(block_fit, "tune_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(config)
-    monkeypatch.setattr(ptq, "tune_block", original)
+    monkeypatch.setattr(block_fit, "tune_block", original)
     assert not Path(config.out).exists()
     assert (tmp_path / "out.work" / "block-0000.safetensors").exists()
     with pytest.raises(BadInput, match="--resume"):

@@ -3,7 +3,7 @@ from itertools import pairwise
 import torch
 
 from codegemm_kernels import CodebookScheme
-from codegemm_quant.fit import inverse_factor, relative_error
+from codegemm_quant.fit import Curvature, relative_error
 from codegemm_quant.kmeans import initialise
 from codegemm_quant.search import feedback_codes, sweep
 
@@ -78,10 +78,10 @@ def test_error_feedback_beats_nearest_codes(problem, monkeypatch):
     for scheme in ("m1v4g32", "m2v8g64"):
         state = nearest_codes(problem, scheme)
         nearest = relative_error(weight, hessian, state.dequantize())
-        feedback_codes(weight, inverse_factor(hessian, "test"), state)
+        feedback_codes(weight, Curvature.of(hessian, 1e-4, "test").upper, state)
         assert relative_error(weight, hessian, state.dequantize()) < 0.75 * nearest
         parts = nearest_codes(problem, scheme)
         monkeypatch.setattr("codegemm_quant.search.BLOCK_COLUMNS", 16)
-        feedback_codes(weight, inverse_factor(hessian, "test"), parts)
+        feedback_codes(weight, Curvature.of(hessian, 1e-4, "test").upper, parts)
         monkeypatch.undo()
         assert torch.equal(parts.codes, state.codes)

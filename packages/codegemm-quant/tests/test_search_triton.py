@@ -10,7 +10,7 @@ COMPARE = """
 import torch
 from codegemm_kernels import CodebookScheme
 from codegemm_quant import search, search_triton
-from codegemm_quant.fit import inverse_factor
+from codegemm_quant.fit import Curvature
 from codegemm_quant.kmeans import initialise
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ for scheme, rows, width in SCHEMES:
             norms = search._norms(start.codebooks, search._diagonal_blocks(hessian, v))
             leading = ((weight - start.dequantize()) @ hessian, hessian)
         else:
-            upper = inverse_factor(hessian, "test")
+            upper = Curvature.of(hessian, 1e-4, "test").upper
             inverses = torch.linalg.inv(search._diagonal_blocks(upper, v))
             metrics = inverses @ inverses.transpose(1, 2)
             norms = search._norms(start.codebooks, metrics)

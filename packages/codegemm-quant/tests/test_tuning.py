@@ -7,6 +7,7 @@ from torch import nn
 from codegemm_kernels import CodebookScheme, NumericalError
 from codegemm_quant.blocks import BlockCall
 from codegemm_quant.fitted_linear import FittedLinear
+from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.kmeans import initialise
 from codegemm_quant.tuning import TunePlan, tune_block
 
@@ -18,6 +19,13 @@ def fitted(scheme="m2v4g16", rows=96, width=64):
     dense = torch.randn(rows, width, generator=generator)
     weight = initialise(dense, torch.ones(width), CodebookScheme.parse(scheme), generator)
     return dense, FittedLinear(weight, torch.zeros(rows), torch.float32)
+
+
+def states(tensors):
+    held = HiddenStates(torch.device("cpu"))
+    for tensor in tensors:
+        held.append(tensor)
+    return held
 
 
 def plan(rate=1e-2, epochs=3, **options):
@@ -48,7 +56,7 @@ def test_tuning_moves_the_output_towards_the_target_and_leaves_codes_alone():
     inputs = [torch.randn(4, 32, 64, generator=generator) @ mix for _ in range(20)]
     codes, losses = linear.codes.clone(), []
     block = nn.Sequential(linear)
-    result = tune_block(block, CALL, inputs, [x @ dense.t() for x in inputs], plan(on_step=losses.append))
+    result = tune_block(block, CALL, states(inputs), states(x @ dense.t() for x in inputs), plan(on_step=losses.append))
     assert result.after < 0.7 * result.before
     assert len(losses) == 3 * 18
     assert torch.equal(linear.codes, codes)
@@ -58,7 +66,9 @@ def test_a_block_never_gets_worse_on_what_is_held_out():
     dense, linear = fitted()
     inputs = [torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     before = [parameter.detach().clone() for parameter in linear.parameters()]
-    result = tune_block(nn.Sequential(linear), CALL, inputs, [x @ dense.t() for x in inputs], plan(rate=0.9))
+    result = tune_block(
+        nn.Sequential(linear), CALL, states(inputs), states(x @ dense.t() for x in inputs), plan(rate=0.9)
+    )
     assert result.after <= result.before
     if result.after == result.before:
         assert all(torch.equal(a, b) for a, b in zip(before, linear.parameters(), strict=True))
@@ -68,4 +78,4 @@ def test_a_loss_that_is_not_finite_names_the_block():
     dense, linear = fitted()
     inputs = [torch.full((1, 4, 64), math.inf) for _ in range(3)]
     with pytest.raises(NumericalError, match="block 5"):
-        tune_block(nn.Sequential(linear), CALL, inputs, [x @ dense.t() for x in inputs], plan())
+        tune_block(nn.Sequential(linear), CALL, states(inputs), states(x @ dense.t() for x in inputs), plan())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from codegemm_kernels import BadInput
+from codegemm_quant.experts import Experts, is_fused
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class BlockCall:
         return output if isinstance(output, Tensor) else output[0]
 
 
-class _BlockReached(Exception):
-    """Ends a forward pass once the first block has been called."""
+class Reached(Exception):
+    """Ends a forward pass once a module has been called."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -51,124 +52,96 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
-def find_linears(block: nn.Module, prefix: str, skip: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linears of one block by name inside the block, without those whose full name matches a `skip` pattern."""
+def linear_shapes(block: nn.Module, prefix: str, skip: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of what will be quantised in a block, by name inside it, experts still fused or not."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif is_fused(module):
+            for part in ("gate_up_proj", "down_proj"):
+                experts, rows, columns = getattr(module, part).shape
+                shapes |= {f"{name}.{i}.{part}": (rows, columns) for i in range(experts)}
     return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and not any(fnmatchcase(f"{prefix}.{name}", pattern) for pattern in skip)
+        name: shape
+        for name, shape in shapes.items()
+        if not any(fnmatchcase(f"{prefix}.{name}", pattern) for pattern in skip)
     }
 
 
 @torch.no_grad()
-def capture_inputs(model: nn.Module, first: nn.Module, batches: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Hidden states that reach the first block, one tensor [batch, tokens, hidden] for each batch of token ids."""
-    states: list[Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append((args[0] if args else kwargs["hidden_states"]).detach())
-        raise _BlockReached
-
-    with _hooks([(first, stop)]):
-        for batch in batches:
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except _BlockReached:
-                continue
-    return states
-
-
-@torch.no_grad()
-def capture_calls(model: nn.Module, blocks: nn.ModuleList, batch: Tensor, device: torch.device) -> list[BlockCall]:
-    """The arguments each block is called with besides its hidden states, for a batch of full windows.
-
-    They do not depend on the text (masks, positions, rotary tables), but they do differ between blocks: models with
-    local and global attention pass each its own. One whole forward pass finds them all.
-    """
-    calls: dict[int, BlockCall] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls[id(module)] = BlockCall(tuple(args[1:]), kept)
-
-    with _hooks([(block, note) for block in blocks]):
-        model(input_ids=batch.to(device), use_cache=False)
-    return [calls[id(block)] for block in blocks]
-
-
-@torch.no_grad()
-def input_groups(
+def fitting_order(
     block: nn.Module, linears: Mapping[str, nn.Linear], call: BlockCall, hidden: Tensor
-) -> list[list[str]]:
-    """Names of linears that receive the very same input tensor, in the order in which the block uses them.
+) -> list[list[list[str]]]:
+    """What can be fitted when: stages in the order in which the block uses them, each a list of groups of linears.
 
-    Raises BadInput for a linear that the block never calls: it could not be calibrated.
+    The linears of a group receive the very same tensor. A stage is one group, or the same projection of all experts
+    of a mixture. Raises BadInput for a linear that the block never calls: it could not be calibrated.
     """
-    groups: list[tuple[Tensor, list[str]]] = []  # holds the inputs so that no address is used twice
+    stages: list[list[list[str]]] = []
+    inputs: list[Tensor | None] = []  # of each stage; holds them so that no address is used twice
+    mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            for tensor, names in groups:
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            for stage, tensor in zip(stages, inputs, strict=True):
                 if tensor is args[0]:
-                    names.append(name)
+                    stage[0].append(name)
                     return
-            groups.append((args[0], [name]))
+            stages.append([[name]])
+            inputs.append(args[0])
 
-        return note
+        return hook
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
+    def note_mixture(mixture: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            for part in ("gate_up_proj", "down_proj"):
+                own = [[name] for name in linears if name.startswith(f"{mixture}.") and name.endswith(part)]
+                if own:
+                    stages.append(own)
+                    inputs.append(None)
+
+        return hook
+
+    pairs = [(linear, note(name)) for name, linear in linears.items() if not is_routed(block, name)]
+    with hooks([*pairs, *((module, note_mixture(name)) for name, module in mixtures.items())]):
         call.run(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = {name for _, names in groups for name in names}
+    called = {name for stage in stages for group in stage for name in group}
     for name in linears:
         if name not in called:
             raise BadInput(f"{name} is never called by its block: leave it dense with --skip '*.{name}'")
-    return [names for _, names in groups]
+    return stages
 
 
-@torch.no_grad()
-def input_moments(
-    block: nn.Module,
-    dense_block: nn.Module,
-    linear: str,
-    call: BlockCall,
-    inputs: list[Tensor],
-    dense_inputs: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Second moments of the inputs of one linear: H = XᵀX / tokens and C = DᵀX / tokens, both fp32 [K, K].
+def is_routed(block: nn.Module, linear: str) -> bool:
+    """Whether the named linear belongs to an expert, which sees only the tokens routed to it."""
+    above = [linear.rsplit(".", depth)[0] for depth in range(1, linear.count(".") + 1)]
+    return any(isinstance(block.get_submodule(name), Experts) for name in above)
 
-    X are its inputs in the (partly quantised) block fed by the quantised model, D those of the dense model.
+
+def inputs_of(block: nn.Module, linears: list[str], call: BlockCall, hidden: Tensor) -> dict[str, Tensor]:
+    """What the named linears are given, fp32 [tokens, K], without those that are not called.
+
+    For a single linear the block is run no further than that.
     """
-    width = block.get_submodule(linear).in_features
-    own = cross = torch.zeros(width, width, device=inputs[0].device)  # type: ignore[call-overload]
-    own, tokens = own.clone(), 0
-    for hidden, dense_hidden in zip(inputs, dense_inputs, strict=True):
-        x = _input_of(block, linear, call, hidden)
-        d = _input_of(dense_block, linear, call, dense_hidden)
-        own.addmm_(x.t(), x)
-        cross.addmm_(d.t(), x)
-        tokens += len(x)
-    return own / tokens, cross / tokens
+    caught: dict[str, Tensor] = {}
 
+    def catch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            caught[name] = args[0].reshape(-1, args[0].shape[-1]).float()
+            if len(linears) == 1:
+                raise Reached
 
-def _input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> Tensor:
-    """What the named linear is given, fp32 [tokens, K]; the block is run no further than that."""
-    caught: list[Tensor] = []
+        return hook
 
-    def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        caught.append(args[0].reshape(-1, args[0].shape[-1]).float())
-        raise _BlockReached
-
-    with _hooks([(block.get_submodule(linear), stop)]), suppress(_BlockReached):
+    with hooks([(block.get_submodule(name), catch(name)) for name in linears]), suppress(Reached):
         call.run(block, hidden)
-    return caught[0]
+    return caught
 
 
 @contextmanager
-def _hooks(pairs: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+def hooks(pairs: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Forward pre-hooks (with keyword arguments) for as long as the context lasts."""
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pairs]
     try:
         yield

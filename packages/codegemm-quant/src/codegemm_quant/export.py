@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from codegemm_kernels import CheckpointMetadata
+from codegemm_quant.experts import is_fused
 
 
 def export_checkpoint(
@@ -25,9 +26,13 @@ def export_checkpoint(
     """Write `out`: the model's own tensors with `tensors` in the place of those that were quantised or tuned.
 
     model: the dense transformers model; tensors: by full name; quantised: names of the modules whose `.weight` is
-    gone. Floats are stored in `dtype`. The folder appears under its name only when everything is in it.
+    gone, with all experts of a mixture apart if one is quantised. Floats are stored in `dtype`. The folder appears
+    under its name only when everything is in it.
     """
     gone = {f"{name}.weight" for name in quantised}
+    for name, module in model.named_modules():
+        if is_fused(module) and any(linear.startswith(f"{name}.") for linear in quantised):
+            gone |= {f"{name}.{part}" for part, _ in module.named_parameters()}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in gone}
     state.update(tensors)
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
@@ -37,7 +42,7 @@ def export_checkpoint(
     model.config.dtype = dtype
     model.config.quantization_config = metadata.to_quantization_config()
     published = metadata.to_published_block(quantised)
-    if published is not None:
+    if published is not None and not any(is_fused(module) for module in model.modules()):
         model.config.codegemm = published
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)

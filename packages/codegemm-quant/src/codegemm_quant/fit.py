@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from codegemm_kernels import CodebookScheme, NumericalError
-from codegemm_kernels.scheme import CODEBOOK_ENTRIES
 from codegemm_quant.kmeans import initialise
+from codegemm_quant.parallel import ALONE, Team
 from codegemm_quant.search import feedback_codes, sweep
-from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
+from codegemm_quant.weight import CodebookWeight, EntrySums, expand_codebooks
 
 CODEBOOK_STEPS = 12
 SCALE_STEPS = 6
+MAX_DAMPING = 10.0
+"""Of the mean diagonal; with so much of it every finite H can be inverted."""
 
 
 @dataclass(frozen=True)
@@ -40,94 +42,129 @@ class FitResult:
     """tr(E H Eᵀ) / tr(W H Wᵀ) of the values as they are stored."""
     start_error: float
     """The same after k-means alone."""
+    damping: float
+    """The share of H's mean diagonal that was added: more than planned where H was singular."""
 
 
-def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Curvature:
+    """H with its damping, which makes it invertible, and its factors."""
+
+    hessian: Tensor
+    ridge: Tensor
+    """What was added to the diagonal, a scalar."""
+    lower: Tensor
+    """H = L Lᵀ."""
+    upper: Tensor
+    """H⁻¹ = Uᵀ U."""
+    damping: float
+
+    @classmethod
+    def of(cls, moment: Tensor, damping: float, name: str) -> Curvature:
+        """Damp a second moment [K, K] until it can be inverted; one of zeros becomes the identity.
+
+        Raises NumericalError, naming the layer, when the moment is not finite or ten times the mean diagonal is not
+        enough.
+        """
+        mean = moment.diagonal().mean()
+        if not torch.isfinite(mean):
+            raise NumericalError(f"{name}: its calibration inputs are not finite; check the model's dtype and the text")
+        identity = torch.eye(len(moment), device=moment.device)
+        if not mean > 0:
+            return cls(identity, torch.ones_like(mean), identity, identity, 1.0)
+        share = max(damping, 1e-8)
+        while share <= MAX_DAMPING:
+            hessian = moment + share * mean * identity
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+            if not int(failed):
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not int(failed) and torch.isfinite(upper.diagonal().sum()):
+                    return cls(hessian, share * mean, lower, upper, share)
+            share *= 10
+        raise NumericalError(f"{name}: the second moment of its inputs is singular; calibrate on more text")
+
+
+def corrected_target(weight: Tensor, curvature: Curvature, cross: Tensor) -> Tensor:
     """The weight whose outputs on the quantised model's inputs are nearest to the dense outputs on dense inputs.
 
     argmin over V of E|W d - V x|² is W C H⁻¹ with C = E[d xᵀ] and H = E[x xᵀ] (GPTAQ, 2504.02692). What earlier
-    layers got wrong is corrected here as far as a linear map can.
+    layers got wrong is corrected here as far as a linear map can. The damping of H is added to C as well.
     """
-    lower = torch.linalg.cholesky(hessian)
-    solved: Tensor = torch.cholesky_solve((weight @ cross).t(), lower)
+    wanted = weight @ cross + weight * curvature.ridge
+    solved: Tensor = torch.cholesky_solve(wanted.t(), curvature.lower)
     return solved.t().contiguous()
 
 
-def relative_error(weight: Tensor, hessian: Tensor, approximation: Tensor) -> float:
-    """tr(E H Eᵀ) / tr(W H Wᵀ) with E = weight - approximation."""
+def relative_error(weight: Tensor, hessian: Tensor, approximation: Tensor, team: Team = ALONE) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ) with E = weight - approximation; each process gives its rows."""
     error = weight - approximation
-    size = ((weight @ hessian) * weight).sum(dtype=torch.float64)
-    return float(((error @ hessian) * error).sum(dtype=torch.float64) / size.clamp_min(1e-30))
+    sizes = [((one @ hessian) * one).sum(dtype=torch.float64) for one in (error, weight)]
+    wrong, size = team.sum(torch.stack(sizes)).tolist()
+    return float(wrong / max(size, 1e-30))
 
 
 def fit_matrix(
     weight: Tensor,
-    hessian: Tensor,
-    cross: Tensor,
+    moment: Tensor,
+    cross: Tensor | None,
     plan: FitPlan,
     generator: torch.Generator,
     name: str = "matrix",
+    team: Team = ALONE,
 ) -> FitResult:
     """Find codes, codebooks and scales whose outputs on the quantised model's inputs are the dense model's outputs.
 
-    weight [N, K]; H = E[x xᵀ] and C = E[d xᵀ], both [K, K], of the inputs x of the quantised and d of the dense model.
-    k-means weighted by diag(H); one pass of codes with error feedback; then rounds of least squares for codebooks
-    and scales (conjugate gradients) and a sweep over the codes. The result is the best state seen, judged on values
-    rounded to the stored dtype. Raises NumericalError when the objective stops being finite.
+    weight [N, K]; moment H = E[x xᵀ] and cross C = E[d xᵀ], both [K, K], of the inputs x of the quantised and d of
+    the dense model; None for C = H. k-means weighted by diag(H); one pass of codes with error feedback; then rounds
+    of least squares for codebooks and scales (conjugate gradients) and a sweep over the codes. The result is the best
+    state seen, judged on values rounded to the stored dtype. The processes of a team take a share of the rows each.
+    Raises NumericalError when values stop being finite.
     """
     weight = weight.float()
     if not torch.isfinite(weight).all():
         raise NumericalError(f"{name}: the weight holds values that are not finite")
-    extra = plan.damping * hessian.diagonal().mean() + 1e-12
-    if not (torch.isfinite(extra) and torch.isfinite(cross).all()):
-        raise NumericalError(f"{name}: its calibration inputs are not finite; check the model's dtype and the text")
-    ridge = extra * torch.eye(len(hessian), device=hessian.device)
-    hessian = hessian + ridge
-    factor = inverse_factor(hessian, name)
-    weight = corrected_target(weight, hessian, cross + ridge)
+    curvature = Curvature.of(moment, plan.damping, name)
+    if cross is not None:
+        weight = corrected_target(weight, curvature, cross)
+    hessian = curvature.hessian
     state = initialise(weight, hessian.diagonal(), plan.scheme, generator)
+    rows, weight = len(weight), team.own(weight)
+    state = CodebookWeight(team.own(state.codes).clone(), state.codebooks, team.own(state.scales).clone())
     best = state.clone()
-    start = lowest = relative_error(weight, hessian, state.rounded(plan.dtype).dequantize())
+    start = lowest = relative_error(weight, hessian, state.rounded(plan.dtype).dequantize(), team)
     pushed = state.clone()
-    feedback_codes(weight, factor, pushed)
-    if relative_error(weight, hessian, pushed.dequantize()) < start:  # pushed errors can leave the codebooks' range
+    feedback_codes(weight, curvature.upper, pushed)
+    if relative_error(weight, hessian, pushed.dequantize(), team) < start:  # errors can leave the codebooks' range
         state = pushed
     for turn in range(plan.rounds + 1):
-        solve_codebooks(weight, hessian, state)
+        solve_codebooks(weight, hessian, state, team=team)
         solve_scales(weight, hessian, state)
-        now = relative_error(weight, hessian, state.rounded(plan.dtype).dequantize())
+        now = relative_error(weight, hessian, state.rounded(plan.dtype).dequantize(), team)
         if not now < float("inf"):
             raise NumericalError(f"{name}: the error of the fit is not finite in round {turn}")
         if now < lowest:
             lowest, best = now, state.clone()
-        if turn < plan.rounds and not sweep(weight, hessian, state):
+        if turn < plan.rounds and not team.sum(sweep(weight, hessian, state)):
             break
-    return FitResult(best.rounded(plan.dtype), lowest, start)
+    best = CodebookWeight(team.join(best.codes, rows), best.codebooks, team.join(best.scales, rows))
+    return FitResult(best.rounded(plan.dtype), lowest, start, curvature.damping)
 
 
-def inverse_factor(hessian: Tensor, name: str) -> Tensor:
-    """The upper Cholesky factor of H⁻¹. Raises NumericalError when H is singular in spite of its damping."""
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    if not int(info):
-        factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(info):
-            return factor
-    raise NumericalError(
-        f"{name}: the second moment of its inputs is singular; calibrate on more text or raise --damping"
-    )
-
-
-def solve_codebooks(weight: Tensor, hessian: Tensor, state: CodebookWeight, steps: int = CODEBOOK_STEPS) -> None:
+def solve_codebooks(
+    weight: Tensor, hessian: Tensor, state: CodebookWeight, steps: int = CODEBOOK_STEPS, team: Team = ALONE
+) -> None:
     """Least squares for all codebook entries at fixed codes and scales, by preconditioned conjugate gradients."""
     scales = state.scales.repeat_interleave(weight.shape[1] // state.scales.shape[1], dim=1)
+    sums = EntrySums(state.codes)
+
+    def collect(values: Tensor) -> Tensor:
+        return team.sum(sums(values * scales))
 
     def apply(direction: Tensor) -> Tensor:
-        change = expand_codebooks(state.codes, direction) * scales
-        return collect_codebooks(state.codes, (change @ hessian) * scales, CODEBOOK_ENTRIES)
+        return collect((expand_codebooks(state.codes, direction) * scales) @ hessian)
 
-    start = collect_codebooks(state.codes, ((weight - state.dequantize()) @ hessian) * scales, CODEBOOK_ENTRIES)
-    curvature = collect_codebooks(state.codes, scales.square() * hessian.diagonal(), CODEBOOK_ENTRIES)
+    start = collect((weight - state.dequantize()) @ hessian)
+    curvature = collect(scales * hessian.diagonal())
     curvature = curvature + curvature.mean() * 1e-6
     state.codebooks = state.codebooks + conjugate_gradients(apply, start, curvature, steps, dims=(0, 1, 2))
 

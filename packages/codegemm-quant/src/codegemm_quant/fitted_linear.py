@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codegemm_kernels import unpack_codes
-from codegemm_quant.weight import CodebookWeight, collect_codebooks
+from codegemm_quant.weight import CodebookWeight, EntrySums
 
 
 class FittedLinear(nn.Module):
     """Codes as a uint8 buffer, codebooks [m, 256, v] and scales [N, G] as fp32 parameters, the dense weight on demand.
 
     `refresh` rebuilds the dense weight in the compute dtype, once an optimiser step; `collect_gradients` sends the
-    gradient that has accumulated on it back into codebooks and scales. Any number of micro-batches may lie between.
-    Between the two no graph is kept: a layer holds its codes, its dense weight and that weight's gradient.
+    gradient that a backward pass has left on it back into codebooks and scales, where those of several passes add up
+    in fp32. Between the two no graph is kept: a layer holds its codes, its dense weight and that weight's gradient.
     """
 
     codes: Tensor
@@ -29,12 +29,13 @@ class FittedLinear(nn.Module):
         self.scales = nn.Parameter(weight.scales.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         self.dtype = dtype
+        self._sums: EntrySums | None = None
         self.refresh(training=False)
 
     @property
     def weight(self) -> CodebookWeight:
         """The weight as it is now; codebooks and scales are shared with it."""
-        return CodebookWeight(self.codes.long(), self.codebooks.detach(), self.scales.detach())
+        return CodebookWeight(self.codes.int(), self.codebooks.detach(), self.scales.detach())
 
     @classmethod
     def from_packed(cls, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> FittedLinear:
@@ -71,9 +72,12 @@ class FittedLinear(nn.Module):
         gradient, weight = self.dense.grad.float(), self.weight
         self.dense.grad = None
         rows, groups = self.scales.shape
-        self.scales.grad = (gradient * weight.unscaled()).view(rows, groups, -1).sum(-1)
-        scaled = gradient.view(rows, groups, -1) * self.scales.unsqueeze(-1)
-        self.codebooks.grad = collect_codebooks(weight.codes, scaled.view(rows, -1), self.codebooks.shape[1])
+        if self._sums is None:
+            self._sums = EntrySums(self.codes)
+        scales = (gradient * weight.unscaled()).view(rows, groups, -1).sum(-1)
+        codebooks = self._sums(gradient.view(rows, groups, -1) * self.scales.unsqueeze(-1))
+        for parameter, value in ((self.scales, scales), (self.codebooks, codebooks)):
+            parameter.grad = value if parameter.grad is None else parameter.grad + value
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the compute dtype."""

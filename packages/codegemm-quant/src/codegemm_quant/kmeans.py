@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CodebookScheme
-from codegemm_quant.weight import CodebookWeight, collect_codebooks, expand_codebooks
+from codegemm_quant.weight import CodebookWeight, EntrySums, expand_codebooks
 
 LLOYD_ROUNDS = 20
 JOINT_ROUNDS = 4
@@ -66,11 +66,15 @@ def _lloyd(points: Tensor, prices: Tensor, generator: torch.Generator) -> Tensor
     if len(book) < CODEBOOK_ENTRIES:  # a matrix of fewer than 256 vectors: the rest of the book stays unused
         book = torch.cat([book, book.new_zeros(CODEBOOK_ENTRIES - len(book), book.shape[1])])
     for _ in range(LLOYD_ROUNDS):
-        codes = assign(points, prices, book).view(-1, 1, 1)
-        mass = collect_codebooks(codes, prices, CODEBOOK_ENTRIES)[0]
-        moment = collect_codebooks(codes, prices * points, CODEBOOK_ENTRIES)[0]
-        book = torch.where(mass > 0, moment / mass.clamp_min(1e-12), book)
+        book = _centroids(points, prices, assign(points, prices, book), book)
     return book
+
+
+def _centroids(points: Tensor, prices: Tensor, codes: Tensor, book: Tensor) -> Tensor:
+    """Priced means of the points of each entry: [P, v], [P, v], [P], [C, v] -> [C, v]; unused entries stay."""
+    sums = EntrySums(codes.view(-1, 1, 1))(torch.cat([prices, prices * points], dim=1))[0]
+    mass, moment = sums.split(points.shape[1], dim=1)
+    return torch.where(mass > 0, moment / mass.clamp_min(1e-12), book)
 
 
 def _encode(points: Tensor, prices: Tensor, codebooks: Tensor, codes: Tensor | None = None) -> Tensor:
@@ -94,8 +98,5 @@ def _refine(points: Tensor, prices: Tensor, codes: Tensor, codebooks: Tensor) ->
         codes = _encode(points, prices, codebooks, codes)
         for i in range(len(codebooks)):
             residual = points - expand_codebooks(codes.unsqueeze(1), codebooks) + codebooks[i][codes[:, i]]
-            one = codes[:, i].view(-1, 1, 1)
-            mass = collect_codebooks(one, prices, CODEBOOK_ENTRIES)[0]
-            moment = collect_codebooks(one, prices * residual, CODEBOOK_ENTRIES)[0]
-            codebooks[i] = torch.where(mass > 0, moment / mass.clamp_min(1e-12), codebooks[i])
+            codebooks[i] = _centroids(residual, prices, codes[:, i], codebooks[i])
     return codebooks

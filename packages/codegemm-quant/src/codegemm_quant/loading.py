@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 
 from codegemm_kernels import BadInput
 from codegemm_kernels.checkpoint import checkpoint_files, read_config, read_headers
+
+STRIDE, SAMPLE = 1 << 16, 256
+"""Of every 64 KB of a model's files so many bytes go into its fingerprint."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -32,14 +36,8 @@ def compute_dtype(model: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast and model == torch.bfloat16 else torch.float32
 
 
-def load_dense(name: str) -> tuple[Any, Any]:
-    """Model (in evaluation mode, on the CPU, in its own dtype) and tokenizer of a folder or hub name.
-
-    Raises BadInput for what is no dense causal language model, or lacks or garbles a tensor: transformers itself
-    would warn and go on with random weights.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def check_source(name: str) -> None:
+    """Raise BadInput for what is no dense model's folder or hub name, as far as can be told without reading it."""
     folder = Path(name)
     if folder.is_dir():
         if "quantization_config" in read_config(folder):
@@ -47,14 +45,40 @@ def load_dense(name: str) -> tuple[Any, Any]:
         read_headers(checkpoint_files(folder))
     elif folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise BadInput(f"there is no folder {name}: give a model folder or a hub name such as owner/name")
+
+
+def load_tokenizer(name: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a folder or hub name, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(name, error) from error
+
+
+def load_dense(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or hub name, checked as in `check_source`, `load_model` and `load_tokenizer`."""
+    check_source(name)
+    return load_model(name), load_tokenizer(name)[1]
+
+
+def load_model(name: str) -> Any:
+    """The model of a folder or hub name, in evaluation mode, on the CPU and in its own dtype.
+
+    Its weights are mapped from the safetensors files, not read: a block occupies memory while it is worked on. (Only
+    where transformers has to rearrange stored tensors, as those of experts, are they copied.) Raises BadInput for
+    what is no causal language model, or lacks or garbles a tensor: transformers itself would warn and go on with
+    random weights.
+    """
+    from transformers import AutoModelForCausalLM
+
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{name} cannot be loaded as a causal language model: {reason}") from error
+        raise _unreadable(name, error) from error
     if missing := sorted(told["missing_keys"]):
         raise BadInput(f"{name} lacks {len(missing)} of the model's tensors: {missing[0]}; get the model again")
     for tensor, stored, wanted in sorted(told["mismatched_keys"]):
@@ -64,4 +88,26 @@ def load_dense(name: str) -> tuple[Any, Any]:
     for tensor, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise BadInput(f"{name}: {tensor} holds values that are not finite (NaN or inf); get the model again")
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def fingerprint(name: str, config: Any) -> str:
+    """Tells one state of a model from another: the headers of its files and a sample of their bytes.
+
+    A model on the hub is told by its commit.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    digest = sha256((folder / "config.json").read_bytes())
+    for file in checkpoint_files(folder):
+        with file.open("rb") as stream:
+            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+            for at in range(stream.tell(), file.stat().st_size, STRIDE):
+                stream.seek(at)
+                digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def _unreadable(name: str, error: Exception) -> BadInput:
+    return BadInput(f"{name} cannot be loaded as a causal language model: {str(error).strip().splitlines()[0]}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from codegemm_quant.blocks import BlockCall
+from codegemm_quant.frame import ModelFrame
+from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.tuning import TunePlan, TuneResult, tune
-
-MAX_LOGITS = 1 << 27
-"""Logits computed at once; longer batches are taken window by window (512 MB in fp32)."""
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -20,26 +20,28 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (expected.exp() * (expected - actual)).sum(-1).mean()
 
 
-def tune_model(student: Any, teacher: Any, batches: list[Tensor], plan: TunePlan) -> TuneResult:
-    """Lower the divergence of the student's predictions from the teacher's on token ids [batch, tokens]."""
-    window = batches[0].shape[1] * int(student.config.get_text_config().vocab_size)
-    share = max(1, MAX_LOGITS // window)
+def tune_model(
+    frame: ModelFrame,
+    blocks: nn.ModuleList,
+    calls: list[BlockCall],
+    inputs: HiddenStates,
+    targets: HiddenStates,
+    plan: TunePlan,
+) -> TuneResult:
+    """Lower the divergence of the quantised blocks' predictions from the dense model's.
 
-    def piece(tokens: Tensor) -> Tensor:
+    inputs: what the frame gives the first block; targets: what the last dense block gave the frame; calls: for
+    `plan.windows` windows at once.
+    """
+
+    def loss(hidden: Tensor, target: Tensor) -> Tensor:
+        for block, call in zip(blocks, calls, strict=True):
+            hidden = call.run(block, hidden)
         with torch.no_grad():
-            expected = teacher(input_ids=tokens, use_cache=False).logits
-        return divergence(student(input_ids=tokens, use_cache=False).logits, expected)
+            expected = frame.logits(target)
+        return divergence(frame.logits(hidden), expected)
 
-    def loss(index: int) -> Tensor:
-        parts = [piece(tokens).detach() * len(tokens) for tokens in batches[index].split(share)]
-        return torch.stack(parts).sum() / len(batches[index])
+    def fetch(order: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+        return zip(inputs.walk(order), targets.walk(order), strict=True)
 
-    def gradients(index: int) -> Tensor:
-        total = torch.zeros((), device=batches[index].device)
-        for tokens in batches[index].split(share):
-            part = piece(tokens) * (len(tokens) / len(batches[index]))
-            part.backward()
-            total += part.detach()
-        return total
-
-    return tune(student, len(batches), gradients, loss, plan)
+    return tune(blocks, len(inputs), fetch, loss, plan)

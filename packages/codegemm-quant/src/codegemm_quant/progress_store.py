@@ -12,17 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codegemm_kernels import BadInput
+from codegemm_quant.parallel import ALONE, Team
 
 
 class ProgressStore:
     """Finished blocks of an interrupted run; `open` decides whether they may be used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, team: Team = ALONE) -> None:
         self.folder = folder
+        self._team = team
 
     @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any], *, resume: bool) -> ProgressStore:
-        """Start a run or continue one; a folder without a finished block is a fresh start.
+    def open(cls, folder: Path, settings: dict[str, Any], *, resume: bool, team: Team = ALONE) -> ProgressStore:
+        """Start a run or continue one; a folder without a finished block is a fresh start. Only the leader writes.
 
         Raises BadInput when there is work of other settings, or any without resume.
         """
@@ -38,15 +40,18 @@ class ProgressStore:
                     f"cannot resume the run in {folder}: {told}; use the same settings, "
                     "or delete the folder to start again"
                 )
-        else:
+        elif team.leads:
             folder.mkdir(parents=True, exist_ok=True)
             _write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=2)))
-        return cls(folder)
+        team.wait()
+        return cls(folder, team)
 
     def save(self, index: int, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
         """Record a finished block. The tensors' file appears last and marks the block as done."""
-        _write_whole(self._report(index), lambda temporary: temporary.write_text(json.dumps(report, indent=2)))
-        _write_whole(self._tensors(index), lambda temporary: save_file(tensors, temporary))
+        if self._team.leads:
+            _write_whole(self._report(index), lambda temporary: temporary.write_text(json.dumps(report, indent=2)))
+            _write_whole(self._tensors(index), lambda temporary: save_file(tensors, temporary))
+        self._team.wait()
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and report of a finished block, or None when it is not finished."""

@@ -51,10 +51,11 @@ def feedback_codes(weight: Tensor, upper: Tensor, state: CodebookWeight) -> None
         remaining[:, here.stop :] -= pushed @ upper[here, here.stop :]
 
 
-def sweep(weight: Tensor, hessian: Tensor, state: CodebookWeight) -> int:
+def sweep(weight: Tensor, hessian: Tensor, state: CodebookWeight) -> Tensor:
     """One pass of coordinate descent over all codes, in place: each is set to its best value given all others.
 
-    weight fp32 [N, K], hessian fp32 [K, K] symmetric. The objective never rises. Returns how many codes changed.
+    weight fp32 [N, K], hessian fp32 [K, K] symmetric. The objective never rises. Returns how many codes
+    changed, a scalar tensor.
     """
     in_features, v = weight.shape[1], state.codebooks.shape[2]
     before = state.codes.clone()
@@ -75,7 +76,7 @@ def sweep(weight: Tensor, hessian: Tensor, state: CodebookWeight) -> int:
             state.codes[:, positions],
             state.codebooks,
         )
-    return int((state.codes != before).sum())
+    return (state.codes != before).sum()
 
 
 def _sweep_block(pull: Tensor, tile: Tensor, scales: Tensor, norms: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from codegemm_kernels import NumericalError
+from codegemm_quant.adam import RelativeAdam
 from codegemm_quant.blocks import BlockCall
+from codegemm_quant.capture import CapturedStep
 from codegemm_quant.fitted_linear import FittedLinear
+from codegemm_quant.hidden_states import HiddenStates
+from codegemm_quant.parallel import ALONE, Team
 
 VALIDATION_SHARE = 16
 """One batch in so many is held out for choosing the best state."""
+
+Fetch = Callable[[Sequence[int]], Iterator[tuple[Tensor, ...]]]
+"""Batches by number, each a tuple of tensors whose first axis is windows, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,10 @@ class TunePlan:
     """What is tuned, for error messages."""
     on_step: Callable[[float], None] = lambda _: None
     """Called after every step with the loss of its batch."""
+    windows: int | None = None
+    """Windows that go through the module at once; None for the whole batch."""
+    team: Team = ALONE
+    """Each process has a share of every batch's windows."""
 
 
 @dataclass(frozen=True)
@@ -40,45 +51,36 @@ class TuneResult:
     after: float
 
 
-def tune(
-    module: nn.Module, batches: int, gradients: Callable[[int], Tensor], loss: Callable[[int], Tensor], plan: TunePlan
-) -> TuneResult:
+def tune(module: nn.Module, batches: int, fetch: Fetch, loss: Callable[..., Tensor], plan: TunePlan) -> TuneResult:
     """Adam on the trainable parameters of `module`, one step a batch, under a cosine schedule; keeps the best state.
 
-    `gradients(i)` runs forward and backward on batch i and returns its loss, `loss(i)` only the forward. Every
-    sixteenth batch is held out and decides which epoch's state is kept; the state before tuning counts, so the module
-    never gets worse on it. Steps are relative to the root mean square of each parameter. Raises NumericalError,
-    naming the plan, when the loss is not finite.
+    `loss(*tensors)` is the mean over the windows of (a part of) a batch. Every sixteenth batch is held out and
+    decides which epoch's state is kept; the state before tuning counts, so the module never gets worse on it.
+    Gradients of several parts are added in fp32. Raises NumericalError, naming the plan, when the loss is not finite.
     """
     held_out = list(range(0, batches, VALIDATION_SHARE))
     train = [i for i in range(batches) if i not in set(held_out)] or held_out
-    fitted = [part for part in module.modules() if isinstance(part, FittedLinear)]
     parameters = [p for p in module.parameters() if p.requires_grad]
+    fitted = [part for part in module.modules() if isinstance(part, FittedLinear)]
+    optimiser = RelativeAdam(parameters, plan.learning_rate, plan.epochs * len(train))
+
+    def step(*tensors: Tensor) -> Tensor:
+        return _step(fitted, parameters, optimiser, lambda *part: loss(*part), plan, tensors)
 
     def validate() -> float:
+        for linear in fitted:
+            linear.refresh(training=False)
         with torch.no_grad():
-            return float(torch.stack([loss(i) for i in held_out]).mean())
+            losses = [loss(*part) * share for tensors in fetch(held_out) for part, share in _parts(tensors, plan)]
+        return float(plan.team.sum(torch.stack(losses).sum() / len(held_out))) / plan.team.size
 
     start = lowest = validate()
     best = [p.detach().clone() for p in parameters]
-    sizes = [max(float(p.detach().square().mean().sqrt()), 1e-4) for p in parameters]
-    groups = [{"params": [p], "lr": plan.learning_rate * size} for p, size in zip(parameters, sizes, strict=True)]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = max(1, plan.epochs * len(train))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    take = CapturedStep(step, parameters[0].device, worth_while=plan.epochs * len(train) > 2 * CapturedStep.WARM_UP)
     for _ in range(plan.epochs):
-        for pick in torch.randperm(len(train), generator=plan.generator).tolist():
-            for linear in fitted:
-                linear.refresh(training=True)
-            value = gradients(train[pick])
-            for linear in fitted:
-                linear.collect_gradients()
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad(set_to_none=True)
-            plan.on_step(float(value))
-        for linear in fitted:
-            linear.refresh(training=False)
+        order = [train[i] for i in torch.randperm(len(train), generator=plan.generator).tolist()]
+        for tensors in fetch(order):
+            plan.on_step(float(take(*tensors)))
         now = validate()
         if not math.isfinite(now):
             raise NumericalError(f"{plan.name}: the tuning loss is not finite; lower the tuning's learning rate")
@@ -87,27 +89,60 @@ def tune(
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
+            parameter.grad = None
     for linear in fitted:
         linear.refresh(training=False)
     return TuneResult(start, lowest)
 
 
-def tune_block(
-    block: nn.Module, call: BlockCall, inputs: list[Tensor], targets: list[Tensor], plan: TunePlan
-) -> TuneResult:
-    """Bring the block's outputs on `inputs` to `targets`, lists of [batch, tokens, hidden].
-
-    The loss is the mean squared error relative to the mean square of the target.
-    """
-
-    def loss(index: int) -> Tensor:
-        target = targets[index].float()
-        output = call.run(block, inputs[index]).float()
-        return (output - target).square().mean() / target.square().mean().clamp_min(1e-30)
-
-    def gradients(index: int) -> Tensor:
-        value = loss(index)
+def _step(
+    fitted: list[FittedLinear],
+    parameters: list[nn.Parameter],
+    optimiser: RelativeAdam,
+    loss: Callable[..., Tensor],
+    plan: TunePlan,
+    tensors: tuple[Tensor, ...],
+) -> Tensor:
+    for parameter in parameters:
+        parameter.grad = None
+    for linear in fitted:
+        linear.refresh(training=True)
+    total = torch.zeros((), device=parameters[0].device)
+    for part, share in _parts(tensors, plan):
+        value = loss(*part) * share
         value.backward()
-        return value.detach()
+        for linear in fitted:
+            linear.collect_gradients()
+        total += value.detach()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    if plan.team.size > 1:
+        for gradient in [*gradients, total]:
+            plan.team.sum(gradient).div_(plan.team.size)
+    optimiser.step(gradients)
+    return total
 
-    return tune(block, len(inputs), gradients, loss, plan)
+
+def _parts(tensors: tuple[Tensor, ...], plan: TunePlan) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+    """A batch in parts of `plan.windows`, each with its share of the batch."""
+    windows = len(tensors[0])
+    for part in zip(*(tensor.split(plan.windows or windows) for tensor in tensors), strict=True):
+        yield part, len(part[0]) / windows
+
+
+def tune_block(
+    block: nn.Module, call: BlockCall, inputs: HiddenStates, targets: HiddenStates, plan: TunePlan
+) -> TuneResult:
+    """Bring the block's outputs on `inputs` to `targets`.
+
+    The loss is the mean squared error relative to the mean square of all targets.
+    """
+    squares = torch.stack([target.float().square().mean() for target in targets])
+    size = (plan.team.sum(squares.mean()) / plan.team.size).clamp_min(1e-30)
+
+    def loss(hidden: Tensor, target: Tensor) -> Tensor:
+        return (call.run(block, hidden).float() - target.float()).square().mean() / size
+
+    def fetch(order: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+        return zip(inputs.walk(order), targets.walk(order), strict=True)
+
+    return tune(block, len(inputs), fetch, loss, plan)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from codegemm_kernels import CodebookScheme, pack_codes
+from codegemm_kernels.scheme import CODEBOOK_ENTRIES
 
 
 @dataclass
@@ -66,15 +67,30 @@ def expand_codebooks(codes: Tensor, codebooks: Tensor) -> Tensor:
     return total.reshape(rows, -1)
 
 
-def collect_codebooks(codes: Tensor, values: Tensor, entries: int) -> Tensor:
-    """The adjoint of `expand_codebooks`: sums of values [N, J*v] over the vectors that use each entry, [m, C, v].
+class EntrySums:
+    """The adjoint of `expand_codebooks` for codes that stay as they are: sums over the vectors that use each entry.
 
-    Sums are made in a fixed order (an embedding's backward sorts), so that a run repeats to the bit.
+    On a GPU the vectors are sorted by entry once, here. Sums are made in a fixed order, so that a run repeats to the
+    bit.
     """
-    rows, vectors, num_codebooks = codes.shape
-    flat = values.reshape(rows * vectors, -1)
-    sums = [
-        torch.ops.aten.embedding_dense_backward(flat, codes[:, :, i].reshape(-1), entries, -1, False)
-        for i in range(num_codebooks)
-    ]
-    return torch.stack(sums)
+
+    def __init__(self, codes: Tensor) -> None:
+        """codes [N, J, m], any integers."""
+        books = codes.reshape(-1, codes.shape[2]).t().int().contiguous()
+        self._books = books if not codes.is_cuda else books.new_empty(0)
+        if codes.is_cuda:
+            order = books.sort(dim=1, stable=True)
+            self._order = order.indices.int()
+            bounds = torch.arange(CODEBOOK_ENTRIES + 1, device=codes.device, dtype=torch.int32)
+            edges = bounds.expand(len(books), -1).contiguous()
+            self._starts = torch.searchsorted(order.values, edges, out_int32=True)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """values [N, J*v] or [N*J, v] -> [m, 256, v]."""
+        if values.is_cuda:
+            from codegemm_quant.sums_triton import sorted_sums
+
+            return sorted_sums(values.reshape(self._order.shape[1], -1), self._order, self._starts)
+        flat = values.reshape(self._books.shape[1], -1)
+        backward = torch.ops.aten.embedding_dense_backward
+        return torch.stack([backward(flat, book, CODEBOOK_ENTRIES, -1, False) for book in self._books])
