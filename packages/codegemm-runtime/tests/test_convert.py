@@ -129,6 +129,14 @@ def test_aqlm_that_has_no_exact_form_becomes_dense(
     assert "quantization_config" not in config_of(tmp_path / "dense")
 
 
+def test_loading_aqlm_says_how_to_convert_it(aqlm: Callable[..., Any]) -> None:
+    folder = aqlm().folder
+    with pytest.raises(BadInput, match=r"is an AQLM checkpoint: .*codegemm-runtime convert"):
+        load_model(folder, "cpu")
+    (problem,) = inspect_folder(folder).problems
+    assert f"codegemm-runtime convert {folder} OUT" in problem
+
+
 def test_aqlm_to_dense_on_request(aqlm: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint = aqlm()
     convert_folder(checkpoint.folder, tmp_path / "dense", "dense", torch.float32)

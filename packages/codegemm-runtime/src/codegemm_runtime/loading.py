@@ -135,7 +135,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 def model_config(folder: Path) -> PretrainedConfig:
     """The transformers config of a checkpoint folder; a published folder's `codegemm` block becomes our config.
 
-    Raises CheckpointError when the metadata or the config cannot be understood.
+    Raises CheckpointError when the metadata or the config cannot be understood, BadInput for an AQLM checkpoint.
     """
     from transformers import AutoConfig
 
@@ -144,8 +144,11 @@ def model_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises about any type for a config.json that makes no sense
         raise CheckpointError(f"{folder / 'config.json'} is not usable: {error}") from error
-    if metadata is not None and getattr(config, "quantization_config", None) is None:
+    quantization = getattr(config, "quantization_config", None)
+    if metadata is not None and quantization is None:
         config.quantization_config = metadata.to_quantization_config()
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "aqlm":
+        raise BadInput(f"{folder} is an AQLM checkpoint: make it ours with `codegemm-runtime convert {folder} OUT`")
     return config
 
 

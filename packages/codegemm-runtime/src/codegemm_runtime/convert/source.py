@@ -87,8 +87,8 @@ class Source:
 
 
 @contextmanager
-def open_source(folder: Path | str, base: Path | str | None, allow_pickle: bool) -> Iterator[Source]:
-    """Find out what `folder` is. `base` and `allow_pickle` matter for layer checkpoints only.
+def open_source(folder: Path | str, base: Path | str | None, allow_pickle: bool, scratch: Path) -> Iterator[Source]:
+    """Find out what `folder` is. `base`, `allow_pickle` and `scratch`, a folder with room, are for layer checkpoints.
 
     Raises BadInput or CheckpointError for what cannot be converted, naming the tensor or the option.
     """
@@ -101,7 +101,7 @@ def open_source(folder: Path | str, base: Path | str | None, allow_pickle: bool)
     if base is None:
         raise BadInput(f"{folder} holds neither config nor tokenizer: name the original model with --base")
     base = resolve_folder(base)
-    with TemporaryDirectory(prefix="codegemm-convert-") as copies:
+    with TemporaryDirectory(prefix=".codegemm-convert-", dir=scratch) as copies:
         headers = copy_weights(folder, base, Path(copies))
         yield _additive_source("layers", read_config(base), headers, base)
 
