@@ -287,6 +287,25 @@ def test_damaged_aqlm_folders(
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_header, r"is cut short or no safetensors file"),
+        (drop(f"{Q}.codebooks"), rf"{Q}\.codebooks is missing"),
+        (drop("model.layers.0.input_layernorm.weight"), r"input_layernorm\.weight is missing"),
+        (change(f"{Q}.codes", lambda codes: codes[:, :1]), rf"{Q}\.codes .*has shape"),
+    ],
+)
+def test_damaged_published_folders(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, damage: Callable[[Any], None], message: str
+) -> None:
+    checkpoint = make_checkpoint("llama", published=True)
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        convert_folder(checkpoint.folder, tmp_path / "ours")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
 def test_what_is_refused_at_once(make_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", dtype=torch.float32)
     with pytest.raises(BadInput, match="codegemm already"):

@@ -39,6 +39,8 @@ class Generate:
     """Above 1, tokens that occurred already become less likely."""
     seed: int = 0
     """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """With --prompt: end the text before the first of these strings."""
     device: str | None = None
     """cpu, cuda, cuda:0 or auto; without it the GPU when there is one."""
     debug: bool = False
@@ -52,7 +54,7 @@ class Generate:
             raise BadInput("give either --prompt TEXT or --prompts FILE")
         if self.out is not None and self.prompts is None:
             raise BadInput("--out needs --prompts")
-        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        prompt = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
         if prompt == "":
             raise BadInput("the prompt is empty: give at least one character")
         tokenizer = load_tokenizer(self.model)
@@ -66,7 +68,7 @@ class Generate:
         if prompt is None:
             answers = prompts.continue_prompts(model, tokenizer, rest, self.max_new_tokens, sampling, self.batch)
             return prompts.write_answers(answers, len(rest), self.out)
-        generation = generate_text(model, tokenizer, prompt, self.max_new_tokens, sampling, _write)
+        generation = generate_text(model, tokenizer, prompt, self.max_new_tokens, sampling, _write, stops=self.stop)
         print(flush=True)
         return generation.summary()
 
