@@ -20,7 +20,7 @@ _CPU_CHUNK = 1 << 14
 def initialise(
     weight: Tensor, importance: Tensor, scheme: CodebookScheme, generator: torch.Generator
 ) -> CodebookWeight:
-    """Scales by group, then residual k-means, one codebook after the other, refined jointly.
+    """Scales by group, then k-means on parts of the vectors, or on residuals where they cannot be parted equally.
 
     weight fp32 [N, K]; importance [K], the diagonal of H: the price of a squared error in each column. Every vector
     component is weighted by its column's importance and its squared scale, so that centroids sit where the layer's
@@ -37,19 +37,38 @@ def initialise(
     prices = prices / prices.mean()
 
     chosen = torch.randperm(len(points), generator=generator)[:MAX_POINTS].to(points.device)
-    sample, sample_prices = points[chosen], prices[chosen]
-    residual, books, sample_codes = sample, [], []
-    for _ in range(scheme.num_codebooks):
-        book = _lloyd(residual, sample_prices, generator)
-        nearest = assign(residual, sample_prices, book)
-        residual = residual - book[nearest]
-        books.append(book)
-        sample_codes.append(nearest)
-    codebooks = torch.stack(books)
-    if scheme.num_codebooks > 1:
-        codebooks = _refine(sample, sample_prices, torch.stack(sample_codes, -1), codebooks)
+    start = _product if v % scheme.num_codebooks == 0 else _residual
+    codebooks = start(points[chosen], prices[chosen], scheme.num_codebooks, generator)
     codes = _encode(points, prices, codebooks)
     return CodebookWeight(codes.view(rows, in_features // v, -1), codebooks, scales)
+
+
+def _product(points: Tensor, prices: Tensor, num_codebooks: int, generator: torch.Generator) -> Tensor:
+    """Codebooks that each describe a part of the vector alone and are zero elsewhere, [m, C, v].
+
+    Their error is a tenth larger than that of residual ones, but after the fit, which fills the zeros, it is smaller
+    by 1 to 10 percent (m2v8g128): two books that both describe the whole vector are a poor local optimum.
+    """
+    v = points.shape[1]
+    part = v // num_codebooks
+    pieces = zip(points.reshape(-1, part).split(MAX_POINTS), prices.reshape(-1, part).split(MAX_POINTS), strict=True)
+    book = _lloyd(*next(pieces), generator)
+    codebooks = book.new_zeros(num_codebooks, CODEBOOK_ENTRIES, v)
+    for i in range(num_codebooks):
+        codebooks[i, :, i * part : (i + 1) * part] = book
+    return codebooks
+
+
+def _residual(points: Tensor, prices: Tensor, num_codebooks: int, generator: torch.Generator) -> Tensor:
+    """One codebook after the other, each for what the ones before left, then refined jointly, [m, C, v]."""
+    residual, books, codes = points, [], []
+    for _ in range(num_codebooks):
+        book = _lloyd(residual, prices, generator)
+        nearest = assign(residual, prices, book)
+        residual = residual - book[nearest]
+        books.append(book)
+        codes.append(nearest)
+    return _refine(points, prices, torch.stack(codes, -1), torch.stack(books))
 
 
 def assign(points: Tensor, prices: Tensor, book: Tensor) -> Tensor:

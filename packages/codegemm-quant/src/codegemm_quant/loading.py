@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ STRIDE, SAMPLE = 1 << 16, 256
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the first GPU, or else the CPU. Raises BadInput when it is not there."""
+    """The named device, or this process's GPU, or else the CPU. Raises BadInput when it is not there."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+        return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

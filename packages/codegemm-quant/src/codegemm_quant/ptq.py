@@ -75,9 +75,9 @@ def quantize(config: QuantizeConfig, model: Any = None, tokenizer: Any = None) -
             subject = open_subject(config, device, team, model, tokenizer)
             store = ProgressStore.open(subject.work_folder, subject.settings, resume=config.resume, team=team)
         with Progress(len(subject.names), len(subject.blocks), shown=team.leads) as progress:
-            fit = FitPlan(subject.scheme, config.rounds, config.damping, subject.stored)
-            rates = (config.tune_epochs, config.tune_learning_rate)
-            plan = BlockPlan(fit, subject.schemes, *rates, subject.compute, team, clock, progress.tell)
+            fit = FitPlan(subject.scheme, subject.effort.rounds, config.damping, subject.stored)
+            tuning = (subject.effort.tune_epochs, config.tune_learning_rate)
+            plan = BlockPlan(fit, subject.schemes, *tuning, subject.compute, team, clock, progress.tell)
             result = _quantize(_Run(config, subject, plan, team, store, progress))
         report = {
             "out": config.out,
@@ -118,7 +118,7 @@ def _quantize(run: _Run) -> _Result:
         for batch in batches:
             inputs.append(frame.inputs(batch))
         result, kept, targets = _quantize_blocks(run, calls, inputs)
-        if run.config.model_epochs and len(kept):
+        if subject.effort.model_epochs and len(kept):
             with run.plan.clock("model tuning"):
                 _tune_whole(run, frame, result, kept, inputs, targets)
         return result
@@ -136,7 +136,7 @@ def _quantize_blocks(
     """
     subject, clock = run.subject, run.plan.clock
     result, kept, dense_inputs = _Result(), nn.ModuleList(), inputs
-    keep, steps = run.config.model_epochs > 0 and subject.fits_whole(), 0
+    keep, steps = subject.effort.model_epochs > 0 and subject.fits_whole(), 0
     for index, block in enumerate(subject.blocks):
         name, linears = f"{subject.prefix}.{index}", subject.linears(index)
         run.progress.block(index)
@@ -194,14 +194,14 @@ def _tune_whole(
         parameter.requires_grad_(True)
     windows = subject.windows_at_once()
     calls = frame.calls(subject.windows[:windows])
-    run.progress.restart(config.model_epochs * len(inputs))
+    run.progress.restart(subject.effort.model_epochs * len(inputs))
 
     def show(loss: float) -> None:
         run.progress.tell({"stage": "tune the model", "divergence": f"{loss:.4f}"})
 
     generator = torch.Generator().manual_seed(config.seed)
     plan = TunePlan(
-        config.model_epochs, config.model_learning_rate, generator, "the whole model", show, windows, run.team
+        subject.effort.model_epochs, config.model_learning_rate, generator, "the whole model", show, windows, run.team
     )
     with torch.enable_grad(), mixed_precision(subject.device, subject.compute):
         tuned = tune_model(frame, blocks, calls, inputs, targets, plan)

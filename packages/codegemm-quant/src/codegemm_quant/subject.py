@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from codegemm_kernels import BadInput, CodebookScheme
 from codegemm_quant.blocks import find_blocks, linear_shapes
 from codegemm_quant.calibration import calibration_windows
-from codegemm_quant.config import QuantizeConfig
+from codegemm_quant.config import Effort, QuantizeConfig
 from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.loading import check_source, compute_dtype, fingerprint, load_model, load_tokenizer
 from codegemm_quant.parallel import Team
@@ -53,6 +53,7 @@ class Subject:
     compute: torch.dtype
     settings: dict[str, Any]
     """What a resumed run must have in common with the interrupted one."""
+    effort: Effort
     out: Path
 
     @property
@@ -115,7 +116,8 @@ class Subject:
 def open_subject(config: QuantizeConfig, device: torch.device, team: Team, model: Any, tokenizer: Any) -> Subject:
     """Check and load everything a run needs: first what is cheap, the weights last. Raises BadInput."""
     scheme = CodebookScheme.parse(config.scheme)
-    settings = config.settings()
+    effort = config.effort(device.type)
+    settings = config.settings() | asdict(effort)
     if model is None:
         check_source(config.model)
         model_config, tokenizer = load_tokenizer(config.model)
@@ -127,7 +129,7 @@ def open_subject(config: QuantizeConfig, device: torch.device, team: Team, model
         sums = [str(float(parameter.detach().double().sum())) for parameter in model.parameters()]
         settings["model_files"] = sha256("".join(sums).encode()).hexdigest()[:16]
     _check_length(model_config, config.sequence_length)
-    windows = calibration_windows(config.data, tokenizer, config.samples, config.sequence_length, config.seed)
+    windows = calibration_windows(config.data, tokenizer, effort.samples, config.sequence_length, config.seed)
     settings["text"] = sha256(windows.numpy().tobytes()).hexdigest()[:16]
     model = load_model(config.model) if model is None else model
     prefix, blocks = find_blocks(model)
@@ -148,6 +150,7 @@ def open_subject(config: QuantizeConfig, device: torch.device, team: Team, model
         stored=model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16,
         compute=compute_dtype(model.dtype, device),
         settings=settings,
+        effort=effort,
         out=Path(config.out),
     )
 

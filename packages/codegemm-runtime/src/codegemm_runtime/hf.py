@@ -79,7 +79,7 @@ class CodeGemmQuantizer(HfQuantizer):
         if not kwargs.get("pre_quantized", True):
             raise BadInput(
                 "from_pretrained cannot quantize to codegemm codes: run codegemm-quant first, or, for a folder with "
-                "only a codegemm block in config.json, load it with codegemm_runtime.load_model"
+                "only a codegemm block in config.json, use codegemm_runtime.load_model or `codegemm-runtime convert`"
             )
         super().__init__(quantization_config, **kwargs)
         self._metadata = quantization_config.metadata()
@@ -99,6 +99,7 @@ class CodeGemmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
+        from codegemm_runtime.experts import unfuse_experts
         from codegemm_runtime.replace import replace_linears
         from codegemm_runtime.verification import match_layers
 
@@ -114,6 +115,7 @@ class CodeGemmQuantizer(HfQuantizer):
                 f"{files[0].parent} holds no codes, though its config.json says it is quantized: "
                 "write the checkpoint again or remove quantization_config"
             )
+        unfuse_experts(model, headers)
         schemes, problems = match_layers(model, self._metadata, headers, get_model_conversion_mapping(model))
         raise_problems(problems, headers)
         replace_linears(model, schemes)
