@@ -9,22 +9,32 @@
 namespace codegemm::cuda {
 namespace {
 
-template <typename T, int V>
+template <typename T, int V, int kVectors>
 const char* launch(const Dequantize& call, int64_t first_row, int64_t rows, const DeviceLimits& limits,
                    cudaStream_t stream) {
   const int shared = call.weight.num_codebooks * 256 * V * int(sizeof(T));  // at most 64 KB: fp32, m = 4, v = 16
-  const auto kernel = dequantize_kernel<T, V>;
-  if (shared > 40 * 1024) {  // 48 KB less the static code tile
+  const auto kernel = dequantize_kernel<T, V, kVectors>;
+  if (shared > 36 * 1024) {  // 48 KB less the static code tile
     const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status != cudaSuccess) return DeviceGuard::describe(status);
   }
   // A block amortises its copy of the codebooks over a strip of words; 16 blocks a multiprocessor fill the device.
   const int64_t row_blocks = ceil_div(rows, kDequantizeRows);
-  const int64_t word_tiles = ceil_div(call.weight.in_features / (4 * V), kDequantizeWords);
+  const int64_t word_tiles = ceil_div(call.weight.in_features / (4 * V), 8 * kVectors);
   const int64_t strips = std::clamp<int64_t>(ceil_div(16 * limits.multiprocessors, row_blocks), 1, word_tiles);
-  kernel<<<dim3(row_blocks, std::min<int64_t>(strips, 65535)), kDequantizeThreads, shared, stream>>>(call, first_row,
-                                                                                                     first_row + rows);
+  kernel<<<dim3(row_blocks, std::min<int64_t>(strips, 65535)), kDequantizeThreads, shared, stream>>>(
+      call, make_divisor(call.weight.in_features / call.weight.num_groups / V), first_row, first_row + rows);
   return launch_status();
+}
+
+// 16 bytes a lane where two neighbouring vectors make them and share a scale.
+template <typename T, int V>
+const char* launch(const Dequantize& call, int64_t first_row, int64_t rows, const DeviceLimits& limits,
+                   cudaStream_t stream) {
+  const int64_t group = call.weight.in_features / call.weight.num_groups;
+  if constexpr (V * sizeof(T) == 8)
+    if (group % (2 * V) == 0) return launch<T, V, 2>(call, first_row, rows, limits, stream);
+  return launch<T, V, 1>(call, first_row, rows, limits, stream);
 }
 
 template <typename T>

@@ -131,19 +131,25 @@ struct Lookup {
   }
 };
 
-// Sums 8 rows over the eight lanes of equal lane/8; lane l returns row l%8. Row i is row i%4 of quad i/4.
-__device__ __forceinline__ float reduce_rows(float (&sum)[4 * kQuads], int lane) {
-  static_assert(kQuads == 2);
-  const bool bit2 = lane & 4, bit1 = lane & 2, bit0 = lane & 1;
+// Sums 8 rows over the eight lanes of equal lane/8; lane l returns row l%8. Row i is row i%4 of quad i/4. Of one quad
+// lane l returns row l/2%4.
+template <int kActive>
+__device__ __forceinline__ float reduce_rows(float (&sum)[4 * kActive], int lane) {
+  constexpr int kFirst = kActive == 2 ? 2 : 4;  // the lane bits that are left for the rows of a quad
+  if constexpr (kActive == 2) {
+    const bool upper = lane & 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float sent = bit2 ? sum[i] : sum[4 + i];
-    sum[i] = (bit2 ? sum[4 + i] : sum[i]) + __shfl_xor_sync(~0u, sent, 4);
+    for (int i = 0; i < 4; ++i) {
+      const float sent = upper ? sum[i] : sum[4 + i];
+      sum[i] = (upper ? sum[4 + i] : sum[i]) + __shfl_xor_sync(~0u, sent, 4);
+    }
   }
-  float low = bit1 ? sum[2] : sum[0], high = bit1 ? sum[3] : sum[1];
-  low += __shfl_xor_sync(~0u, bit1 ? sum[0] : sum[2], 2);
-  high += __shfl_xor_sync(~0u, bit1 ? sum[1] : sum[3], 2);
-  return (bit0 ? high : low) + __shfl_xor_sync(~0u, bit0 ? low : high, 1);
+  const bool upper = lane & kFirst, odd = lane & (kFirst / 2);
+  float low = upper ? sum[2] : sum[0], high = upper ? sum[3] : sum[1];
+  low += __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], kFirst);
+  high += __shfl_xor_sync(~0u, upper ? sum[1] : sum[3], kFirst);
+  const float row = (odd ? high : low) + __shfl_xor_sync(~0u, odd ? low : high, kFirst / 2);
+  return kActive == 2 ? row : row + __shfl_xor_sync(~0u, row, 1);
 }
 
 // A chunk of up to kSlots slots: which they are, and the scale groups their words lie in.
@@ -208,17 +214,17 @@ struct Runs {
   }
 };
 
-// Sums of the warp's 16 * kQuads rows over the slots of a stage. codes and scales: shared-memory addresses of the
+// Sums of the warp's 16 * kActive rows over the slots of a stage. codes and scales: shared-memory addresses of the
 // lane's first quad; scale_row[s]: how far on the scales of slot s lie.
-template <typename T, int kShare>
+template <typename T, int kShare, int kActive>
 __device__ __forceinline__ float sum_tile(const Lookup& lookup, uint32_t codes, uint32_t scales, int slots,
                                           const int (&scale_row)[kSlots / kShare], int lane) {
-  float sum[4 * kQuads] = {};
+  float sum[4 * kActive] = {};
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
     if (s > 0 && s >= slots) break;
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad) {
+    for (int quad = 0; quad < kActive; ++quad) {
       const uint4 code = load_shared<uint4>(codes + s * 8 * kStagePitch * 4 + quad * 64);
       const uint2 scale = load_shared<uint2>(scales + scale_row[s / kShare] + quad * 32);
       const float2 low = unpack_pair<T>(scale.x), high = unpack_pair<T>(scale.y);
@@ -229,7 +235,7 @@ __device__ __forceinline__ float sum_tile(const Lookup& lookup, uint32_t codes, 
       row[3] = fmaf(high.y, lookup.sum(code.w, s), row[3]);
     }
   }
-  return reduce_rows(sum, lane);
+  return reduce_rows<kActive>(sum, lane);
 }
 
 // What a warp fills its 16 entries of each table of a chunk from: loaded while the chunk before is multiplied.
@@ -305,8 +311,9 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Segment
   uint32_t lane_scales = shared_address(shared + layout.ring) + kSlots * 8 * kStagePitch * 4 + column * 2;
   keep(lane_codes);
   keep(lane_scales);
-  // The row that reduce_rows leaves in this lane.
-  const int out = warp * 16 * kQuads + lane % 8 / 4 * 16 + lane / 8 * 4 + lane % 4;
+  // The row that reduce_rows leaves in this lane; of one quad, odd lanes have a copy that they do not store.
+  const int out = column + lane % 8 / 4 * 16 + lane % 4, half = warp * 16,
+            half_out = half + lane / 8 * 4 + lane / 2 % 4;
   const T* codebooks = static_cast<const T*>(segment.codebooks);
   const T* x = static_cast<const T*>(p.x);
   Chunk chunk(p, first_slot, last_slot);
@@ -332,10 +339,18 @@ __device__ __forceinline__ void multiply_segment(const Product& p, const Segment
     }
     for (int row = 0; row < rows; row += kStageRows) {
       wait(ring.full(at.stage), at.phase);
-      if (row + warp * 16 * kQuads < rows) {
-        const uint32_t stage = at.stage * layout.stage_bytes;
-        const float sum = sum_tile<T, kShare>(lookup, lane_codes + stage, lane_scales + stage, slots, scale_row, lane);
-        if (row + out < rows) sums[row + out] += sum;
+      const uint32_t stage = at.stage * layout.stage_bytes;
+      const int left = rows - row;
+      if (left > kStageRows / 2) {
+        if (warp * 32 < left) {
+          const float sum =
+              sum_tile<T, kShare, 2>(lookup, lane_codes + stage, lane_scales + stage, slots, scale_row, lane);
+          if (out < left) sums[row + out] += sum;
+        }
+      } else if (half < left) {  // half a stage or less: 16 rows a warp, so that twice as many warps have some
+        const float sum = sum_tile<T, kShare, 1>(lookup, lane_codes + stage - half * 4, lane_scales + stage - half * 2,
+                                                 slots, scale_row, lane);
+        if (lane % 2 == 0 && half_out < left) sums[row + half_out] += sum;
       }
       __syncwarp();
       if (lane == 0) arrive(ring.empty(at.stage));
