@@ -220,7 +220,7 @@ def test_an_interrupted_run_of_many_prompts_goes_on(
     out.unlink()
     original, calls = prompts._continue, []
 
-    def interrupt(*given: Any) -> list[list[int]]:
+    def interrupt(*given: Any) -> list[int]:
         calls.append(given)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -217,6 +217,7 @@ def _load_problems(folder: Path, metadata: CheckpointMetadata | None, headers: d
     """What the loader would refuse, all of it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    from codegemm_runtime.experts import unfuse_experts
     from codegemm_runtime.replace import replace_linears
     from codegemm_runtime.verification import match_layers, match_tensors
 
@@ -224,6 +225,7 @@ def _load_problems(folder: Path, metadata: CheckpointMetadata | None, headers: d
     conversions = get_model_conversion_mapping(model)
     problems: list[str] = []
     if metadata is not None:
+        unfuse_experts(model, headers)
         schemes, problems = match_layers(model, metadata, headers, conversions)
         replace_linears(model, schemes)
         if not quantized_names(headers):

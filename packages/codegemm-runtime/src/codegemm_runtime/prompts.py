@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from codegemm_kernels.errors import BadInput
 from codegemm_runtime.engine.choice import find_engine, request_for
+from codegemm_runtime.engine.text import TextStream
 from codegemm_runtime.generation import Sampling, check_prompt, generation_config
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ def continue_prompts(
     max_new_tokens: int,
     sampling: Sampling,
     batch: int,
+    stops: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Continue every prompt, `batch` at a time; yields {"prompt", "text", "tokens"} for each, in order.
 
-    A prompt that cannot be continued gives {"prompt", "error"} and stops nobody else.
+    A text ends before the first of the strings `stops`. A prompt that cannot be continued gives {"prompt", "error"}
+    and stops nobody else.
     """
     if batch < 1 or max_new_tokens < 1:
         raise BadInput(f"the batch ({batch}) and the number of new tokens ({max_new_tokens}) must be at least 1")
@@ -79,9 +82,11 @@ def continue_prompts(
                 results.append({"prompt": prompt, "error": str(error)})
         # Another seed for each batch: equal prompts of two batches would get equal answers.
         varied = replace(sampling, seed=sampling.seed + start)
-        answers = _continue(model, list(sound.values()), max_new_tokens, varied) if sound else []
-        for i, tokens in zip(sound, answers, strict=True):
-            results[i] |= {"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": len(tokens)}
+        streams = [TextStream(tokenizer, stops) for _ in sound]
+        counts = _continue(model, list(sound.values()), max_new_tokens, varied, streams) if sound else []
+        for i, stream, count in zip(sound, streams, counts, strict=True):
+            stream.finish()
+            results[i] |= {"text": stream.text, "tokens": count}
         yield from results
 
 
@@ -113,15 +118,21 @@ def write_answers(answers: Iterable[dict[str, Any]], total: int, out: Path | Non
     return totals | {"tokens_per_second": tokens / seconds, "out": None if out is None else str(out)}
 
 
-def _continue(model: PreTrainedModel, ids: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
-    """New tokens of each sequence, the one that ends it included."""
+def _continue(
+    model: PreTrainedModel, ids: list[list[int]], max_new_tokens: int, sampling: Sampling, streams: list[TextStream]
+) -> list[int]:
+    """Push the new tokens of each sequence into its stream; returns their numbers, with the one that ended it."""
+    counts = [0] * len(ids)
+    request = request_for(model, sampling, max_new_tokens)
     engine = find_engine(model, max(map(len, ids)) + max_new_tokens, len(ids))
     if engine is not None:
-        tokens: list[list[int]] = [[] for _ in ids]
-        for step in engine.generate(ids, request_for(model, sampling, max_new_tokens)):
+        for step in engine.generate(ids, request):
             for sequence, token in step:
-                tokens[sequence].append(token)
-        return tokens
+                streams[sequence].push(token)
+                counts[sequence] += 1
+                if streams[sequence].stopped:
+                    engine.stop(sequence)
+        return counts
     config = generation_config(model, sampling, max_new_tokens)
     padding = 0 if config.pad_token_id is None else config.pad_token_id
     width = max(map(len, ids))
@@ -131,10 +142,10 @@ def _continue(model: PreTrainedModel, ids: list[list[int]], max_new_tokens: int,
     out: Tensor = model.generate(
         padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
     )
-    ends = set(request_for(model, sampling, max_new_tokens).ends)
-    return [_until_end(row, ends) for row in out[:, width:].tolist()]
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
+    for sequence, tokens in enumerate(out[:, width:].tolist()):
+        for token in tokens:
+            streams[sequence].push(token)
+            counts[sequence] += 1
+            if token in request.ends or streams[sequence].stopped:
+                break
+    return counts

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,12 @@ from codegemm_runtime.convert import aqlm
 from codegemm_runtime.convert.matrix import PackedMatrix
 from codegemm_runtime.convert.source import Source, open_folder, open_source
 from codegemm_runtime.convert.writer import FolderWriter
+from codegemm_runtime.experts import PARTS as EXPERT_PARTS
 from codegemm_runtime.inspection import inspect_folder
 from codegemm_runtime.loading import COMPANION_FILES, build_on_meta, model_config
 
 Format = Literal["codegemm", "aqlm", "dense"]
+_EXPERT = re.compile(rf"(?P<module>.+)\.(?P<number>\d+)\.(?P<part>{'|'.join(EXPERT_PARTS)})")
 _Encode = Callable[[PackedMatrix], dict[str, Tensor]]
 
 
@@ -96,6 +100,7 @@ def _linear_names(folder: Path) -> list[str]:
 
 def _write_tensors(source: Source, writer: FolderWriter, encode: _Encode, dtype: torch.dtype) -> None:
     dense, layers = source.dense_names(), source.layers
+    experts, fused = _expert_places(layers), dict[str, dict[int, Tensor]]()
     with tqdm(total=len(dense) + len(layers), desc="convert", unit="tensor", dynamic_ncols=True) as progress:
         for name in dense:
             writer.add(name, _cast(source.tensor(name), name, dtype))
@@ -109,8 +114,41 @@ def _write_tensors(source: Source, writer: FolderWriter, encode: _Encode, dtype:
             else:
                 stored = {"weight": matrix.dequantize()}
             for part, tensor in stored.items():
-                writer.add(f"{name}.{part}", _cast(tensor, f"{name}.{part}", dtype))
+                cast = _cast(tensor, f"{name}.{part}", dtype)
+                if part == "weight" and name in experts:
+                    _add_expert(writer, fused, experts[name], cast)
+                else:
+                    writer.add(f"{name}.{part}", cast)
             progress.update()
+
+
+class _Place(NamedTuple):
+    """Where the weight of an expert goes in a dense model, which has those of all experts in one tensor."""
+
+    fused: str
+    number: int
+    total: int
+
+
+def _expert_places(layers: list[str]) -> dict[str, _Place]:
+    """Places of the layers that were taken out of fused experts modules (`experts.py`)."""
+    found = {name: match for name in layers if (match := _EXPERT.fullmatch(name))}
+    counts = Counter((match["module"], match["part"]) for match in found.values())
+    return {
+        name: _Place(f"{match['module']}.{match['part']}", int(match["number"]), counts[match["module"], match["part"]])
+        for name, match in found.items()
+        if (match["module"], EXPERT_PARTS[0])
+        in counts  # elsewhere the names are those of a model with separate experts
+    }
+
+
+def _add_expert(writer: FolderWriter, fused: dict[str, dict[int, Tensor]], place: _Place, weight: Tensor) -> None:
+    """Keep the weight of an expert until all of its module are there, then write them as one."""
+    weights = fused.setdefault(place.fused, {})
+    weights[place.number] = weight
+    if len(weights) == place.total:
+        writer.add(place.fused, torch.stack([weights[i] for i in sorted(weights)]))
+        del fused[place.fused]
 
 
 def _cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
