@@ -47,7 +47,6 @@ TOO_LARGE: dict[str, str] = {
     f"{ENGINE}/attention_triton.py:_tile": "part of a kernel",
     f"{ENGINE}/attention_triton.py:_absorb": "part of a kernel",
     f"{ENGINE}/fused_triton.py:_add_norm": "launch arguments, one flat list",
-    f"{ENGINE}/head_triton.py:_int8_product": "launch arguments, one flat list",
     f"{ENGINE}/fused_triton.py:_gated": "launch arguments, one flat list",
     "packages/codegemm-kernels/csrc/cuda/codebook_mma.cuh": "one kernel whose stages share one shared-memory layout",
     "packages/codegemm-kernels/csrc/cuda/psumbook.cuh": "one kernel whose stages share one shared-memory layout",

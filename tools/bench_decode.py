@@ -49,8 +49,6 @@ class Bench:
     """Runs, each from the same context."""
     int8_cache: bool = False
     """Keep keys and values as int8."""
-    int8_head: bool = False
-    """Keep the head as int8."""
     start: bool = False
     """Also write the model to a temporary folder and time from opening it to the first token."""
     debug: bool = False
@@ -149,14 +147,14 @@ def time_engine(config: Bench, model: Any, rate: float) -> Any:
 
     room = max((*config.context, *config.prompt)) + config.tokens + 8
     start = time.perf_counter()
-    engine = Engine(model, room, max(config.batch), config.int8_cache, config.int8_head)
+    engine = Engine(model, room, max(config.batch), config.int8_cache)
     engine.steps.advance(1, Kind())
     synchronise(model.device)
     ready = time.perf_counter() - start
     for tensor in (engine.cache.keys, engine.cache.values):
         for layer in range(tensor.shape[0]):
             tensor[layer].random_(-100, 100) if config.int8_cache else tensor[layer].normal_()
-    weights = weight_bytes(model, config.int8_head)
+    weights = weight_bytes(model)
     cache_bytes = engine.cache.keys.nbytes + engine.cache.values.nbytes
     for batch in config.batch:
         for context in config.context:
@@ -239,7 +237,7 @@ def time_generate(config: Bench, model: Any, rate: float) -> Any:
             shape = model.config
             width = shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
             read = 2 * shape.num_hidden_layers * width * model.dtype.itemsize * batch * context
-            yield row_of(timed, batch, context, weight_bytes(model, False) + read, config, rate) | {
+            yield row_of(timed, batch, context, weight_bytes(model) + read, config, rate) | {
                 "memory_bytes": taken(model.device)
             }
 
@@ -300,13 +298,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def weight_bytes(model: Any, int8_head: bool) -> int:
+def weight_bytes(model: Any) -> int:
     """Bytes of weights that a step reads: layers, last norm and head, but of the embedding only a few rows."""
     head = model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().weight
     size = sum(parameter.nbytes for parameter in model.parameters() if parameter is not embedding)
-    size += head.nbytes if head is embedding else 0
-    return size - (head.nbytes - head.numel() if int8_head else 0)
+    return size + (head.nbytes if head is embedding else 0)
 
 
 def copy_rate(device: torch.device) -> float:

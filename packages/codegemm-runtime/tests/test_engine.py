@@ -150,15 +150,6 @@ def test_int8_cache_stays_close() -> None:
     assert 0 < error < 0.03  # entries are rounded to 1/254 of the largest of 24
 
 
-def test_int8_head_stays_close() -> None:
-    model = dense("llama-bias")
-    exact, rounded = Engine(model), Engine(model, int8_head=True)
-    x = torch.randn(40, 64)
-    (one,), (other,) = exact.decoder.head(x), rounded.decoder.head(x)
-    assert 0 < (one - other).norm() / one.norm() < 0.01
-    assert len(tokens_of(rounded, PROMPTS, Request(5))[2]) == 5
-
-
 def test_several_sequences_of_a_prompt_share_its_reading() -> None:
     engine = Engine(dense("llama-tied"), batch=4)
     greedy = tokens_of(engine, PROMPTS[:2], Request(10, sequences=2))

@@ -98,3 +98,19 @@ def test_the_engine_is_used_where_it_can_and_transformers_elsewhere(
     opt.generation_config.eos_token_id = None
     assert generate_text(opt, tokenizer, "abc", 8).tokens == 8
     assert "transformers: the model is of type opt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "opt"])
+def test_text_ends_before_a_stop_string(
+    architecture: str, make_checkpoint: Callable[..., Any], write_tokenizer: Callable[..., None]
+) -> None:
+    checkpoint = make_checkpoint(architecture, name=f"stop-{architecture}")
+    write_tokenizer(checkpoint.folder)
+    model, tokenizer = load_model(checkpoint.folder, "cpu"), load_tokenizer(checkpoint.folder)
+    model.generation_config.eos_token_id = None
+    whole = generate_text(model, tokenizer, "some text", 20)
+    stop = whole.text[6:9]
+    pieces: list[str] = []
+    result = generate_text(model, tokenizer, "some text", 20, write=pieces.append, stops=["never", stop])
+    assert result.text == "".join(pieces) == whole.text[: whole.text.index(stop)]
+    assert 0 < result.tokens < 20

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from codegemm_kernels.errors import BadInput, NumericalError
 from codegemm_runtime.engine.choice import find_engine, request_for
 from codegemm_runtime.engine.sampling import Sampling as Sampling
+from codegemm_runtime.engine.text import TextStream
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,26 +45,36 @@ class Generation:
         }
 
 
-class _Stream(TextStreamer):
+class _Stream(BaseStreamer):
     """Hands finished pieces of text on and keeps the new tokens and the time of the first."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
+    def __init__(self, text: TextStream, write: Callable[[str], object]) -> None:
+        self.text, self.write = text, write
         self.tokens: list[int] = []
         self.first_at: float | None = None
+        self._prompt_is_next = True
 
     def put(self, value: torch.Tensor) -> None:
         """Receives the prompt once, then one new token at a time."""
-        if not self.next_tokens_are_prompt:
-            self.first_at = self.first_at or time.perf_counter()
-            self.tokens += value.flatten().tolist()
-        super().put(value)
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self.first_at = self.first_at or time.perf_counter()
+        for token in value.flatten().tolist():
+            self.tokens.append(token)
+            self._hand_on(self.text.push(token))
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Receives text that later tokens cannot change any more."""
-        if text:
-            self.write(text)
+    def end(self) -> None:
+        """Hands on what was held back."""
+        self._hand_on(self.text.finish())
+
+    def stopped(self, *step: torch.Tensor) -> bool:
+        """Whether a stop string came up; a stopping criterion of transformers."""
+        return self.text.stopped
+
+    def _hand_on(self, piece: str) -> None:
+        if piece:
+            self.write(piece)
 
 
 class _FirstStepCheck(LogitsProcessor):
@@ -90,12 +102,13 @@ def generate_text(
     sampling: Sampling | None = None,
     write: Callable[[str], object] = lambda text: None,
     keep_on_interrupt: bool = False,
+    stops: Sequence[str] = (),
 ) -> Generation:
     """Continue `prompt` (text, or token ids [1, length]), handing pieces of text to `write` as they are finished.
 
     Raises BadInput for a prompt that the model cannot take (`check_prompt`) or for which memory does not do,
     NumericalError for NaN in the first logits. Ctrl-C is passed on, or, with `keep_on_interrupt`, ends the generation
-    with what there is.
+    with what there is. The text ends before the first of the strings `stops`.
     """
     if max_new_tokens < 1:
         raise BadInput(f"the number of new tokens must be at least 1, not {max_new_tokens}")
@@ -104,7 +117,7 @@ def generate_text(
     ids = tokenizer(prompt, return_tensors="pt").input_ids if isinstance(prompt, str) else prompt
     check_prompt(model, ids, max_new_tokens)
     sampling = sampling or Sampling()
-    stream = _Stream(tokenizer, write)
+    stream = _Stream(TextStream(tokenizer, stops), write)
     ids = ids.to(model.device)
     torch.manual_seed(sampling.seed)
     start = time.perf_counter()
@@ -115,6 +128,8 @@ def generate_text(
             stream.put(ids)
             for step in engine.generate(ids.tolist(), request_for(model, sampling, max_new_tokens)):
                 stream.put(torch.tensor([token for _, token in step]))
+                if stream.stopped():
+                    break
             stream.end()
         else:
             model.generate(
@@ -123,6 +138,7 @@ def generate_text(
                 generation_config=generation_config(model, sampling, max_new_tokens),
                 streamer=stream,
                 logits_processor=LogitsProcessorList([_FirstStepCheck()]),
+                stopping_criteria=StoppingCriteriaList([stream.stopped]),
             )
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
@@ -136,9 +152,8 @@ def generate_text(
         interrupted = True
         stream.end()
     seconds = time.perf_counter() - start
-    text = tokenizer.decode(stream.tokens, skip_special_tokens=True)
     first = float("nan") if stream.first_at is None else stream.first_at - start
-    return Generation(text, len(stream.tokens), seconds, first, interrupted)
+    return Generation(stream.text.text, len(stream.tokens), seconds, first, interrupted)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -23,10 +23,10 @@ from codegemm_runtime.engine.fused_triton import launch_options
 
 BLOCK = 64
 """Keys of a tile."""
-MIN_BLOCKS = 2
-"""Tiles of a part at least: adding parts up takes longer than reading another tile."""
+ALONE = 4
+"""Up to this many tiles make a single part: adding parts up takes longer than reading on."""
 WARPS = 4
-STAGES = 3
+STAGES = 2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -136,7 +136,7 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     capacity, window, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, DP: tl.constexpr,
     GP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, MIN_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, ALONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -149,7 +149,8 @@ def _decode_attention(  # type: ignore[no-untyped-def]
     first = 0
     if WINDOW:
         first = tl.maximum(position + 1 - window, 0)
-    size = tl.maximum(tl.cdiv(tl.cdiv(position - first, BLOCK), SPLITS), MIN_BLOCKS) * BLOCK
+    tiles = tl.cdiv(position - first, BLOCK)
+    size = tl.maximum(tl.where(tiles <= ALONE, tiles, tl.cdiv(tiles, SPLITS)), 1) * BLOCK
     parts = tl.maximum(tl.cdiv(position - first, size), 1)
     if part >= parts:
         return
@@ -238,7 +239,7 @@ def decode_attention(
         "DP": triton.next_power_of_2(decoder.head_dim), "GP": max(triton.next_power_of_2(group), 16),
         "BLOCK": BLOCK, "SPLITS": splits, "NORM": normed, "OFFSET": q_norm.offset,
         "WINDOW": layer.window is not None, "SOFTCAP": decoder.attention_softcap is not None, "INT8": cache.int8,
-        "MIN_BLOCKS": MIN_BLOCKS,
+        "ALONE": ALONE,
     }  # fmt: skip
     scales = (cache.key_scales, cache.value_scales)
     _decode_attention[(batch * decoder.kv_heads, splits)](

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from codegemm_runtime.engine.decoder import Unsupported
-from codegemm_runtime.engine.engine import Engine, Request
+from codegemm_runtime.engine.engine import LARGEST_BATCH, Engine, Request
 from codegemm_runtime.engine.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def find_engine(model: PreTrainedModel, context: int, batch: int = 1) -> Engine 
 
 def _engine_of(model: PreTrainedModel, context: int, batch: int) -> Engine:
     """The engine kept for `model` if it is large enough, else a new one in its place."""
+    batch = min(batch, LARGEST_BATCH)  # more sequences wait for their turn
     # Captured steps hold addresses: a model whose weights moved needs a new engine.
     places = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
     engine, known = _engines.get(model, (None, 0))

@@ -5,7 +5,7 @@ Nothing is copied: products and norms hold the model's own parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class Decoder:
     embedding: nn.Module
     layers: list[Layer]
     final_norm: Norm
-    head: Callable[[Tensor], Sequence[Tensor]]
+    head: Product
     heads: int
     kv_heads: int
     head_dim: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,6 @@ from codegemm_kernels.errors import BadInput, NumericalError
 from codegemm_runtime.engine.cache import KVCache
 from codegemm_runtime.engine.decoder import Decoder, read_decoder
 from codegemm_runtime.engine.forward import prefill
-from codegemm_runtime.engine.head import Int8Head
 from codegemm_runtime.engine.memory import check_memory
 from codegemm_runtime.engine.sampling import Sampler, Sampling
 from codegemm_runtime.engine.steps import Steps
@@ -28,6 +27,7 @@ SHORT_PROMPT = 128
 """Up to this length a prompt is read `SHORT_CHUNK` tokens at a time on a GPU, straight from the codes."""
 SHORT_CHUNK = 64
 _BUCKETS = (1, 2, 4, 8, 16, 32)
+LARGEST_BATCH = _BUCKETS[-1]
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,15 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        context: int | None = None,
-        batch: int = 1,
-        int8_cache: bool = False,
-        int8_head: bool = False,
+        self, model: PreTrainedModel, context: int | None = None, batch: int = 1, int8_cache: bool = False
     ) -> None:
-        """`context` None is the model's own. The int8 options trade a little accuracy for memory traffic."""
+        """`context` None is the model's own. `int8_cache` halves the cache, at a little less accuracy."""
         self.decoder: Decoder = read_decoder(model)
         self.context = min(context or self.decoder.context, self.decoder.context)
-        if not 1 <= batch <= _BUCKETS[-1]:
-            raise BadInput(f"the engine runs 1 to {_BUCKETS[-1]} sequences at a time, not {batch}")
+        if not 1 <= batch <= LARGEST_BATCH:
+            raise BadInput(f"the engine runs 1 to {LARGEST_BATCH} sequences at a time, not {batch}")
         self.batch = bucket(batch)
         check_memory(self.decoder, self.batch, self.context, int8_cache, min(PREFILL_CHUNK, self.context))
-        if int8_head:
-            self.decoder = replace(self.decoder, head=Int8Head(self.decoder.head))
         self.cache = KVCache(self.decoder, self.batch, self.context, int8_cache)
         self.sampler = Sampler(self.decoder, self.batch)
         self.steps = Steps(self.decoder, self.cache, self.sampler)

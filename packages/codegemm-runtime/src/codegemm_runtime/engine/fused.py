@@ -28,9 +28,9 @@ def add_norm(residual: Tensor, branch: Tensor | None, branch_norm: Norm | None, 
 def first_largest(scores: Tensor) -> Tensor:
     """argmax over the last dimension of [rows, vocabulary], the first where several are equal."""
     if scores.is_cuda:
-        from codegemm_runtime.engine import head_triton
+        from codegemm_runtime.engine import argmax_triton
 
-        return head_triton.first_largest(scores)
+        return argmax_triton.first_largest(scores)
     return scores.argmax(-1)
 
 
