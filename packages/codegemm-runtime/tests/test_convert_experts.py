@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from codegemm_kernels import CodebookScheme, pack_codes, reference
+from codegemm_kernels import BadInput, CodebookScheme, pack_codes, reference
 from codegemm_runtime import CodebookLinear, inspect_folder, load_model
 from codegemm_runtime.convert.conversion import convert_folder
 
@@ -38,6 +39,8 @@ def test_experts_stored_as_codes_become_dense_again(
     packed = load_model(checkpoint.folder, "cpu")
     assert sum(isinstance(module, CodebookLinear) for module in packed.modules()) == 2 * (4 + 2 * 2)
     torch.testing.assert_close(packed(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BadInput, match=r"experts\.0\.down_proj is an expert's"):
+        convert_folder(checkpoint.folder, tmp_path / "aqlm", "aqlm")
     result = convert_folder(checkpoint.folder, tmp_path / "dense", "dense")
     assert result["to"] == "dense"
     dense = load_model(tmp_path / "dense", "cpu")

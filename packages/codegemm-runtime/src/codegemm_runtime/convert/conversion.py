@@ -75,6 +75,9 @@ def _aqlm_scheme(source: Source) -> CodebookScheme:
     """The scheme of all layers, as AQLM has one a model and one scale a row. Raises BadInput naming a layer."""
     if source.metadata is None or source.reasons:
         raise BadInput(f"this cannot be exported to aqlm: {next(iter(source.reasons.values()))}")
+    expert = next(iter(_expert_places(source.layers)), None)
+    if expert is not None:
+        raise BadInput(f"{expert} is an expert's, and aqlm has no mixtures of experts: export with --to dense")
     scheme = source.metadata.scheme_of(source.layers[0])
     for name in tqdm(source.layers, desc="check layers", unit="layer", dynamic_ncols=True):
         own = source.metadata.scheme_of(name)
