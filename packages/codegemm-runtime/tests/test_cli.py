@@ -206,6 +206,31 @@ def test_many_prompts(
         assert (answer["text"], answer["tokens"]) == (alone["text"], alone["tokens"])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_stop_strings(
+    make_checkpoint: Callable[..., Any],
+    write_tokenizer: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+) -> None:
+    folder = make_checkpoint(architecture).folder
+    write_tokenizer(folder)
+    options = ["--max-new-tokens", "20", "--device", "cpu"]
+    assert main(["generate", str(folder), "--prompt", "one", *options]) == 0
+    text = last_json(capsys.readouterr().out)["text"]
+    stop = text[4:6]
+    expected = text[: text.index(stop)]
+    assert main(["generate", str(folder), "--prompt", "one", *options, "--stop", "never", stop]) == 0
+    alone = last_json(capsys.readouterr().out)
+    (tmp_path / "in.txt").write_text("one\nzwei")
+    assert main(["generate", str(folder), "--prompts", str(tmp_path / "in.txt"), *options, "--stop", stop]) == 0
+    among_others = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert alone["text"] == among_others["text"] == expected
+    # transformers may have made one token more when it asks whether to stop
+    assert among_others["tokens"] <= alone["tokens"] < 20
+
+
 def test_an_interrupted_run_of_many_prompts_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,10 +37,10 @@ class Generate:
     """Sample from this many most likely tokens; 0 for all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that occurred already become less likely."""
+    stop: tuple[str, ...] = ()
+    """Strings before the first of which a text ends."""
     seed: int = 0
     """Seed of the sampling."""
-    stop: tuple[str, ...] = ()
-    """With --prompt: end the text before the first of these strings."""
     device: str | None = None
     """cpu, cuda, cuda:0 or auto; without it the GPU when there is one."""
     debug: bool = False
@@ -66,7 +66,9 @@ class Generate:
         rest = several[0 if self.out is None else prompts.count_answered(several, self.out) :]
         model = load_model(self.model, self.device)
         if prompt is None:
-            answers = prompts.continue_prompts(model, tokenizer, rest, self.max_new_tokens, sampling, self.batch)
+            answers = prompts.continue_prompts(
+                model, tokenizer, rest, self.max_new_tokens, sampling, self.batch, self.stop
+            )
             return prompts.write_answers(answers, len(rest), self.out)
         generation = generate_text(model, tokenizer, prompt, self.max_new_tokens, sampling, _write, stops=self.stop)
         print(flush=True)
