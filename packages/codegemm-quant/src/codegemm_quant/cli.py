@@ -1,4 +1,4 @@
-"""The command `codegemm-quant`: quantize."""
+"""The command `codegemm-quant`: quantize, tune, tokenize."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 
 from codegemm_kernels.errors import run_command
 from codegemm_quant.config import QuantizeConfig
+from codegemm_quant.pv.config import TokenizeConfig, TuneConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,42 @@ class Quantize(QuantizeConfig):
         return quantize(QuantizeConfig(**{field.name: getattr(self, field.name) for field in fields(QuantizeConfig)}))
 
 
+@dataclass(frozen=True)
+class Tune(TuneConfig):
+    """Tune a quantised model against the dense one: codes, codebooks and scales, and all other parameters."""
+
+    student: tyro.conf.Positional[str]
+    """Folder of the quantised model to start from."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def run(self) -> dict[str, Any] | None:
+        """Tune and return the JSON object; None in all processes but the first."""
+        from codegemm_quant.pv.tune import tune
+
+        return tune(TuneConfig(**{field.name: getattr(self, field.name) for field in fields(TuneConfig)}))
+
+
+@dataclass(frozen=True)
+class Tokenize(TokenizeConfig):
+    """Turn a text into a folder of token ids that `tune` reads without loading it."""
+
+    data: tyro.conf.Positional[str]
+    """A .txt, .jsonl or .parquet file, wikitext2, c4, slimpajama, or a hub data set owner/name or owner/name:config."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def run(self) -> dict[str, Any]:
+        """Tokenise and return the JSON object."""
+        from codegemm_quant.pv.tokens import tokenize
+
+        return tokenize(TokenizeConfig(**{field.name: getattr(self, field.name) for field in fields(TokenizeConfig)}))
+
+
+COMMANDS = {"quantize": Quantize, "tune": Tune, "tokenize": Tokenize}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    command = tyro.extras.subcommand_cli_from_dict({"quantize": Quantize}, prog="codegemm-quant", args=arguments)
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="codegemm-quant", args=arguments)
     sys.exit(run_command(command.run, debug=command.debug))
