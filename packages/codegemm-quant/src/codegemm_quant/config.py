@@ -34,6 +34,10 @@ class QuantizeConfig:
     """Folder to write the checkpoint to; must not exist."""
     scheme: str = "m2v8g128"
     """Codebooks, vector length and scale group size, such as m1v4g128 or m2v8g-1."""
+    bits: float | None = None
+    """Bits a weight, such as 2.25: chooses a scheme for each layer by its sensitivity; --scheme then has no effect."""
+    dry_run: bool = False
+    """Only say what the run would make and take: sizes, bits, memory, time."""
     samples: int | None = None
     """Number of calibration windows; default 256, on a CPU 64."""
     sequence_length: int = 1024
@@ -66,6 +70,8 @@ class QuantizeConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise BadInput(f"{name} must be at least {low}, not {value}")
+        if self.bits is not None and not 1 < self.bits < 8:
+            raise BadInput(f"bits must lie between 1 and 8, not {self.bits}")
         for name in ("damping", "tune_learning_rate", "model_learning_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise BadInput(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
@@ -78,7 +84,7 @@ class QuantizeConfig:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result: what a resumed run must have in common with the interrupted one."""
         chosen = asdict(self)
-        for name in ("out", "resume", "device"):
+        for name in ("out", "resume", "device", "dry_run"):
             del chosen[name]
         chosen["skip"] = list(self.skip)
         return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ def export_checkpoint(
     quantised: list[str],
     dtype: torch.dtype,
     out: Path,
+    also: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write `out`: the model's own tensors with `tensors` in the place of those that were quantised or tuned.
 
     model: the dense transformers model; tensors: by full name; quantised: names of the modules whose `.weight` is
-    gone, with all experts of a mixture apart if one is quantised. Floats are stored in `dtype`. The folder appears
-    under its name only when everything is in it.
+    gone, with all experts of a mixture apart if one is quantised. Floats are stored in `dtype`; `also` writes further
+    files. The folder appears under its name only when everything is in it.
     """
     gone = {f"{name}.weight" for name in quantised}
     for name, module in model.named_modules():
@@ -49,6 +51,7 @@ def export_checkpoint(
     try:
         model.save_pretrained(building, state_dict=state)
         tokenizer.save_pretrained(building)
+        also(building)
         building.replace(out)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {out} ({error}): make room and continue with --resume") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,20 @@ class ProgressStore:
                 )
         elif team.leads:
             folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.json"):  # of a run that finished no block
+                old.unlink()
             _write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=2)))
         team.wait()
         return cls(folder, team)
+
+    def remember(self, name: str, value: Callable[[], Any]) -> Any:
+        """What was found out under this name, or else `value()`, which the leader of the team finds out for all."""
+        path = self.folder / f"{name}.json"
+        if self._team.leads and not path.exists():
+            text = json.dumps(value(), indent=2)
+            _write_whole(path, lambda temporary: temporary.write_text(text))
+        self._team.wait()
+        return json.loads(path.read_text())
 
     def save(self, index: int, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
         """Record a finished block. The tensors' file appears last and marks the block as done."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from codegemm_kernels import CheckpointMetadata, NumericalError
+from codegemm_quant.bit_allocation import with_bits
 from codegemm_quant.block_fit import BlockPlan, Streams, install, mixed_precision, quantize_block, stored_tensors
 from codegemm_quant.blocks import BlockCall
 from codegemm_quant.config import QuantizeConfig
-from codegemm_quant.experts import unfuse_experts
+from codegemm_quant.estimate import estimate
 from codegemm_quant.export import export_checkpoint
 from codegemm_quant.fit import FitPlan
-from codegemm_quant.frame import ModelFrame, place
+from codegemm_quant.frame import ModelFrame
 from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.layer_report import write_report
 from codegemm_quant.loading import choose_device
@@ -62,10 +62,12 @@ def quantize(config: QuantizeConfig, model: Any = None, tokenizer: Any = None) -
     """Quantise a model and write the checkpoint folder `config.out`.
 
     model and tokenizer: loaded ones to use in the place of the folder `config.model`. Returns {"out", "scheme",
-    "bits_per_weight", "seconds", "blocks", "stages"}, stages being seconds by stage. An interrupted run leaves its
-    finished blocks in `<out>.work` and continues there with `resume`. Raises BadInput for unusable input and
-    NumericalError, naming the layer, when values stop being finite.
+    "bits_per_weight", "seconds", "blocks", "stages"}, stages being seconds by stage; for a dry run what `estimate`
+    finds. An interrupted run leaves its finished blocks in `<out>.work` and continues there with `resume`. Raises
+    BadInput for unusable input and NumericalError, naming the layer, when values stop being finite.
     """
+    if config.dry_run:
+        return estimate(config)
     started = time.monotonic()
     device = choose_device(config.device)
     clock = StageClock(device)
@@ -74,6 +76,9 @@ def quantize(config: QuantizeConfig, model: Any = None, tokenizer: Any = None) -
             check_out(Path(config.out))
             subject = open_subject(config, device, team, model, tokenizer)
             store = ProgressStore.open(subject.work_folder, subject.settings, resume=config.resume, team=team)
+        if config.bits is not None:
+            with clock("sensitivity"):
+                subject = with_bits(subject, config.bits, config.damping, store)
         with Progress(len(subject.names), len(subject.blocks), shown=team.leads) as progress:
             fit = FitPlan(subject.scheme, subject.effort.rounds, config.damping, subject.stored)
             tuning = (subject.effort.tune_epochs, config.tune_learning_rate)
@@ -81,17 +86,14 @@ def quantize(config: QuantizeConfig, model: Any = None, tokenizer: Any = None) -
             result = _quantize(_Run(config, subject, plan, team, store, progress))
         report = {
             "out": config.out,
-            "scheme": str(subject.scheme),
+            "scheme": str(subject.scheme) if config.bits is None else "mixed",
             "bits_per_weight": subject.bits_per_weight(),
             "seconds": time.monotonic() - started,
             "blocks": len(subject.blocks),
             "stages": clock.seconds,
         }
         if team.leads:
-            with clock("export"):
-                _export(subject, result)
-            report["seconds"] = time.monotonic() - started
-            write_report(Path(config.out), report, result.reports, result.divergence)
+            _export(subject, result, lambda folder: write_report(folder, report, result.reports, result.divergence))
             shutil.rmtree(store.folder)
         team.wait()
     return report
@@ -137,11 +139,11 @@ def _quantize_blocks(
     subject, clock = run.subject, run.plan.clock
     result, kept, dense_inputs = _Result(), nn.ModuleList(), inputs
     keep, steps = subject.effort.model_epochs > 0 and subject.fits_whole(), 0
-    for index, block in enumerate(subject.blocks):
+    for index in range(len(subject.blocks)):
         name, linears = f"{subject.prefix}.{index}", subject.linears(index)
         run.progress.block(index)
         with clock("forward"), mixed_precision(subject.device, subject.compute):
-            dense = _on_device(block, subject)
+            dense = subject.dense_block(index)
             targets = _outputs(dense, calls[index], dense_inputs, subject)
         finished = run.store.load(index)
         if finished is None:
@@ -167,14 +169,6 @@ def _quantize_blocks(
         result.reports.append({"name": name, **report})
         run.progress.finished(steps := steps + len(linears) + 1)
     return result, kept, dense_inputs
-
-
-def _on_device(block: nn.Module, subject: Subject) -> nn.Module:
-    """A copy of a dense block where it is worked on, its experts apart."""
-    dense = copy.deepcopy(block).requires_grad_(False)
-    unfuse_experts(dense)
-    place(dense, subject.device, subject.compute)
-    return dense
 
 
 def _outputs(block: nn.Module, call: BlockCall, inputs: HiddenStates, subject: Subject) -> HiddenStates:
@@ -213,10 +207,10 @@ def _tune_whole(
         result.tensors |= {f"{subject.prefix}.{index}.{key}": value for key, value in tensors.items()}
 
 
-def _export(subject: Subject, result: _Result) -> None:
+def _export(subject: Subject, result: _Result, also: Callable[[Path], None]) -> None:
     quantised = list(subject.names)
     linears = [name for name, module in subject.model.named_modules() if isinstance(module, nn.Linear)]
     left = tuple(name for name in linears if name not in subject.names)
     metadata = CheckpointMetadata(subject.scheme, subject.overrides(), left)
     model, tokenizer, stored = subject.model, subject.tokenizer, subject.stored
-    export_checkpoint(model, tokenizer, result.tensors, metadata, quantised, stored, subject.out)
+    export_checkpoint(model, tokenizer, result.tensors, metadata, quantised, stored, subject.out, also)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from codegemm_kernels import BadInput, CodebookScheme
 from codegemm_quant.blocks import find_blocks, linear_shapes
 from codegemm_quant.calibration import calibration_windows
 from codegemm_quant.config import Effort, QuantizeConfig
+from codegemm_quant.experts import unfuse_experts
+from codegemm_quant.frame import place
 from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.loading import check_source, compute_dtype, fingerprint, load_model, load_tokenizer
 from codegemm_quant.parallel import Team
@@ -60,6 +63,13 @@ class Subject:
     def work_folder(self) -> Path:
         """Where finished blocks are kept."""
         return self.out.with_name(f"{self.out.name}.work")
+
+    def dense_block(self, index: int) -> nn.Module:
+        """A copy of a dense block where it is worked on, its experts apart."""
+        dense = copy.deepcopy(self.blocks[index]).requires_grad_(False)
+        unfuse_experts(dense)
+        place(dense, self.device, self.compute)
+        return dense
 
     def linears(self, index: int) -> list[str]:
         """The linears to quantise in one block, by name inside it."""
@@ -162,7 +172,8 @@ def chosen_linears(
     names: dict[str, tuple[int, int]] = {}
     for index, block in enumerate(blocks):
         for name, shape in linear_shapes(block, f"{prefix}.{index}", config.skip).items():
-            scheme.check_matrix(*shape, f"{prefix}.{index}.{name}")
+            if config.bits is None:
+                scheme.check_matrix(*shape, f"{prefix}.{index}.{name}")
             names[f"{prefix}.{index}.{name}"] = shape
     if not names:
         raise BadInput(f"{config.model}: every linear layer is skipped, so there is nothing to quantise")
