@@ -65,6 +65,7 @@ class Engine:
         self.cache = KVCache(self.decoder, self.batch, self.context, int8_cache)
         self.sampler = Sampler(self.decoder, self.batch)
         self.steps = Steps(self.decoder, self.cache, self.sampler)
+        self._stopped: set[int] = set()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], request: Request) -> Iterator[list[tuple[int, int]]]:
@@ -75,7 +76,7 @@ class Engine:
         the engine takes the next request.
         """
         self._check(prompts, request)
-        self._stopped: set[int] = set()
+        self._stopped.clear()
         try:
             waiting = [i for i in range(len(prompts)) for _ in range(request.sequences)]
             for start in range(0, len(waiting), self.batch):
