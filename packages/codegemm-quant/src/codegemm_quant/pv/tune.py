@@ -33,8 +33,8 @@ def tune(config: TuneConfig) -> dict[str, Any] | None:
     """Tune the quantised model `config.student` and write the checkpoint `config.out`.
 
     Returns {"out", "steps", "seconds", "tokens_per_second", "start", "best", "end"}; the last three are
-    {"step", "divergence", "perplexity"} of the evaluations, divergence only with a teacher. None in all processes but
-    the first. An interrupted run keeps its state in `<out>.work`. Raises BadInput for unusable input, NumericalError
+    {"step", "divergence", "perplexity"} of the evaluations, divergence only with a teacher. On GPUs also
+    "peak_memory_bytes" of the process that needed most. None in all processes but the first. An interrupted run keeps its state in `<out>.work`. Raises BadInput for unusable input, NumericalError
     when the loss stops being finite.
     """
     with join_processes(config.device) as processes:
@@ -114,7 +114,10 @@ class _Run:
             self.metrics.close()
         self.store.close()
         tokens = self.config.total_steps * self.config.batch_size * self.config.sequence_length
-        told = {name: self.evaluations[name] for name in ("start", "best", "end")}
+        told: dict[str, Any] = {name: self.evaluations[name] for name in ("start", "best", "end")}
+        if self.processes.device.type == "cuda":
+            peak = torch.tensor(torch.cuda.max_memory_allocated(), device=self.processes.device)
+            told["peak_memory_bytes"] = int(self.processes.gather(peak).max())
         return {
             "out": str(self.out),
             "steps": self.config.total_steps,
