@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+AQLM = ("aqlm-2x8", "aqlm-1x16")
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -38,7 +40,7 @@ class Bench:
     prompt: tuple[int, ...] = ()
     """Lengths of prompts whose reading and first token are timed."""
     backends: str = "engine"
-    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm-2x8, aqlm-1x16."""
+    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm (or aqlm-2x8, -1x16)."""
     device: str = "cuda"
     """cuda, cuda:0 or cpu."""
     dtype: str = "float16"
@@ -72,6 +74,7 @@ def run(config: Bench) -> dict[str, Any]:
     from codegemm_runtime.random_models import SHAPES
 
     backends = [backend for backend in config.backends.split(",") if backend]
+    backends = [one for backend in backends for one in (AQLM if backend == "aqlm" else (backend,))]
     if not backends or set(backends) - set(TIMERS):
         raise BadInput(f"unknown backends in {config.backends!r}: choose from {', '.join(TIMERS)}")
     if config.shape not in SHAPES and not Path(config.shape).is_dir():

@@ -1,0 +1,48 @@
+"""tools/bench_decode.py on a CPU: rows of every backend that needs no other package, a chart, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "bench_decode.py"), "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_rows_of_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "decode.json"
+    done = run(
+        *("--shape", str(ROOT / "models" / "pylm-4m"), "--dtype", "float32", "--backends", "engine,dense,transformers"),
+        *("--json", str(out), "--batch", "1", "2", "--prompt", "8", "--context", "16", "--tokens", "4", "--runs", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows == json.loads(out.read_text())["rows"]
+    timed = [row for row in rows if "batch" in row]
+    assert [(row["backend"], row["batch"]) for row in timed] == [
+        (backend, batch) for backend in ("engine", "dense", "transformers") for batch in (1, 2)
+    ]
+    for row in timed:
+        assert row["tokens_per_second"] == pytest.approx(1000 * row["batch"] / row["ms_per_token"])
+        assert 0 < row["floor_fraction"] < 1
+        assert {"shape", "scheme", "context", "memory_bytes"} <= set(row)
+    assert all(row["first_token_ms"] > 0 for row in rows if "prompt" in row)
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_what_it_refuses(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--shape", "gpt"], "unknown shape 'gpt'"),
+        (["--backends", "x"], "unknown backends in 'x'"),
+    ):
+        done = run("--json", str(tmp_path / "x.json"), *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
