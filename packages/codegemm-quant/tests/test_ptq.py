@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, reference
+from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError, reference
 from codegemm_kernels.checkpoint import check_layer, checkpoint_files, quantized_names, read_config, read_headers
 from codegemm_quant import QuantizeConfig, block_fit, quantize
 
@@ -47,7 +47,7 @@ def dequantised_model(folder, dense_folder):
 def test_a_checkpoint_is_ready_and_whole(config):
     report = quantize(config)
     folder = Path(config.out)
-    assert list(report) == ["out", "scheme", "bits_per_weight", "seconds", "blocks", "stages"]
+    assert list(report) == ["out", "scheme", "bits_per_weight", "seconds", "blocks", "effort", "stages"]
     assert (report["out"], report["scheme"], report["blocks"]) == (config.out, "m1v4g32", 2)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert [p for p in folder.parent.iterdir() if "partial" in p.name or p.name.endswith(".work")] == []
@@ -147,6 +147,27 @@ def test_nan_in_a_weight_names_the_layer(config):
         quantize(config)
     assert not Path(config.out).exists()
     assert not Path(f"{config.out}.work").exists()
+
+
+def test_moments_that_overflow_name_the_layer(config):
+    path = Path(config.model) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.post_attention_layernorm.weight"] *= 1e15
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: its calibration inputs are not finite"
+    ):
+        quantize(config)
+    assert not Path(config.out).exists()
+
+
+def test_a_singular_second_moment_is_damped_and_told(config, capfd):
+    path = Path(config.model) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.v_proj.weight"].zero_()  # so that o_proj sees nothing
+    save_file(tensors, path, metadata={"format": "pt"})
+    quantize(replace(config, rounds=0, model_epochs=0))
+    assert "model.layers.0.self_attn.o_proj: the second moment of its inputs is singular" in capfd.readouterr().err
 
 
 def test_models_that_cannot_be_quantised(config, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from codegemm_kernels import CodebookScheme, NumericalError
+from codegemm_quant.adam import RelativeAdam
 from codegemm_quant.blocks import BlockCall
 from codegemm_quant.fitted_linear import FittedLinear
 from codegemm_quant.hidden_states import HiddenStates
@@ -79,3 +80,38 @@ def test_a_loss_that_is_not_finite_names_the_block():
     inputs = [torch.full((1, 4, 64), math.inf) for _ in range(3)]
     with pytest.raises(NumericalError, match="block 5"):
         tune_block(nn.Sequential(linear), CALL, states(inputs), states(x @ dense.t() for x in inputs), plan())
+
+
+def test_steps_are_those_of_adam_with_a_rate_for_each_parameter():
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(5, generator=generator), 100 * torch.randn(3, 4, generator=generator)]
+    theirs = [parameter.clone().requires_grad_(True) for parameter in ours]
+    groups = [{"params": [p], "lr": 0.01 * float(p.detach().square().mean().sqrt())} for p in theirs]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / 10)))
+    optimiser = RelativeAdam(ours, 0.01, 10)
+    for _ in range(10):
+        gradients = [torch.randn(p.shape, generator=generator) for p in ours]
+        optimiser.step(gradients)
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        adam.step()
+        schedule.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4)
+
+
+def test_gradients_of_parts_of_a_batch_add_up_in_fp32():
+    dense, linear = fitted("m1v4g16")
+    linear.dtype = torch.bfloat16
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
+    grads = []
+    for parts in (1, 16):
+        linear.codebooks.grad = linear.scales.grad = None
+        linear.refresh(training=True)
+        for part in x.split(len(x) // parts):
+            (linear(part).float() - part @ dense.t()).square().sum().backward()
+            linear.collect_gradients()
+        assert linear.scales.grad.dtype == torch.float32
+        grads.append(linear.scales.grad.clone())
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -80,6 +81,11 @@ def quantize_block(
                 weight = modules[linear].weight.detach()
                 with plan.clock("fit"), torch.autocast(weight.device.type, enabled=False):  # fp32 throughout
                     fit = fit_matrix(weight, moment, cross, fit_plan, generator, full, plan.team)
+                if fit.damping > plan.fit.damping and plan.team.leads:
+                    print(
+                        f"{full}: the second moment of its inputs is singular; damped by {fit.damping:g} of its mean",
+                        file=sys.stderr,
+                    )
                 plan.tell({"layer": linear, "stage": "fitted", "error": f"{fit.relative_error:.4f}"})
                 layers[linear] = {
                     "scheme": str(fit_plan.scheme),

@@ -54,7 +54,8 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # thread_local: NCCL's watchdog thread may ask for its events while this thread records.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._value = self._step(*self._inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(torch.cuda.default_stream())

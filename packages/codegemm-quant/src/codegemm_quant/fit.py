@@ -198,6 +198,7 @@ def conjugate_gradients(
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dims, keepdim=True)
 
+    curvature = curvature.clamp_min(1e-30)  # zero where a matrix is
     solution = torch.zeros_like(residual)
     direction = preconditioned = residual / curvature
     energy = dot(residual, preconditioned)

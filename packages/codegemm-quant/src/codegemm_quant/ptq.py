@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,10 @@ def quantize(config: QuantizeConfig, model: Any = None, tokenizer: Any = None) -
     """Quantise a model and write the checkpoint folder `config.out`.
 
     model and tokenizer: loaded ones to use in the place of the folder `config.model`. Returns {"out", "scheme",
-    "bits_per_weight", "seconds", "blocks", "stages"}, stages being seconds by stage; for a dry run what `estimate`
-    finds. An interrupted run leaves its finished blocks in `<out>.work` and continues there with `resume`. Raises
-    BadInput for unusable input and NumericalError, naming the layer, when values stop being finite.
+    "bits_per_weight", "seconds", "blocks", "effort", "stages"}: the defaults that were filled in, seconds by stage;
+    for a dry run what `estimate` finds. An interrupted run leaves its finished blocks in `<out>.work` and continues
+    there with `resume`. Raises BadInput for unusable input and NumericalError, naming the layer, when values stop
+    being finite.
     """
     if config.dry_run:
         return estimate(config)
@@ -90,6 +91,7 @@ def quantize(config: QuantizeConfig, model: Any = None, tokenizer: Any = None) -
             "bits_per_weight": subject.bits_per_weight(),
             "seconds": time.monotonic() - started,
             "blocks": len(subject.blocks),
+            "effort": asdict(subject.effort),
             "stages": clock.seconds,
         }
         if team.leads:

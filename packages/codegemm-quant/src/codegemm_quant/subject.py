@@ -127,6 +127,9 @@ def open_subject(config: QuantizeConfig, device: torch.device, team: Team, model
     """Check and load everything a run needs: first what is cheap, the weights last. Raises BadInput."""
     scheme = CodebookScheme.parse(config.scheme)
     effort = config.effort(device.type)
+    if team.leads:
+        told = ", ".join(f"{name} {value}" for name, value in asdict(effort).items())
+        print(f"on {device}: {told}", file=sys.stderr)
     settings = config.settings() | asdict(effort)
     if model is None:
         check_source(config.model)
