@@ -40,7 +40,7 @@ class Bench:
     prompt: tuple[int, ...] = ()
     """Lengths of prompts whose reading and first token are timed."""
     backends: str = "engine"
-    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm (or aqlm-2x8, -1x16)."""
+    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm (2x8 and 1x16)."""
     device: str = "cuda"
     """cuda, cuda:0 or cpu."""
     dtype: str = "float16"

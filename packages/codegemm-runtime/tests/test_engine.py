@@ -12,6 +12,7 @@ import transformers
 from codegemm_kernels import BadInput, NumericalError
 from codegemm_runtime import load_model
 from codegemm_runtime.engine import Engine, Request, Sampling, Unsupported, memory
+from codegemm_runtime.engine.forward import step
 from codegemm_runtime.replace import restore_linears
 
 PROMPTS = [[0, 17, 200, 31, 5, 99, 140, 3], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27]]
@@ -142,8 +143,6 @@ def test_int8_cache_stays_close() -> None:
     for engine in (exact, rounded):
         tokens = tokens_of(engine, PROMPTS[2:], Request(2))
         engine.steps.feed(torch.tensor([9]))
-        from codegemm_runtime.engine.forward import step
-
         logits.append(step(engine.decoder, engine.cache, engine.steps.tokens[:1], engine.steps.lengths[:1]))
         assert len(tokens[0]) == 2
     error = (logits[0] - logits[1]).norm() / logits[0].norm()
@@ -158,6 +157,25 @@ def test_several_sequences_of_a_prompt_share_its_reading() -> None:
     sampled = tokens_of(engine, PROMPTS[:1], Request(10, sampling, sequences=3))
     assert len({tuple(tokens) for tokens in sampled}) == 3
     assert sampled == tokens_of(engine, PROMPTS[:1], Request(10, sampling, sequences=3))
+    many = tokens_of(engine, PROMPTS[:1], Request(10, sampling, sequences=9))  # in three rounds
+    assert len({tuple(tokens) for tokens in many}) == 9
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_close(name: str, dtype: torch.dtype, device: str) -> None:
+    model = dense(name, device).to(dtype)
+    engine = Engine(model)
+    first, second = tokens_of(engine, PROMPTS[2:], Request(2))[0]
+    ids = torch.tensor([[*PROMPTS[2], first]], device=device)
+    exact = dense(name, device)(ids).logits[0, -1]
+    theirs = model(ids).logits[0, -1].float()
+    engine.steps.feed(torch.tensor([first], device=device))
+    engine.steps.set_lengths([len(PROMPTS[2])])
+    with torch.no_grad():
+        ours = step(engine.decoder, engine.cache, engine.steps.tokens[:1], engine.steps.lengths[:1])[0].float()
+    assert second == int(ours.argmax())
+    assert (ours - exact).norm() < 1.3 * (theirs - exact).norm() + 1e-3 * exact.norm()
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:

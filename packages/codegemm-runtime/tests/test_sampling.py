@@ -69,7 +69,7 @@ def test_penalty_is_that_of_transformers_and_grows_with_the_text(device: str) ->
     expected = RepetitionPenaltyLogitsProcessor(3.0)(prompt[None], logits[:1]).argmax(-1).item()
     assert chosen.choose(logits, sampling.kind).tolist() == [expected, 49]
     assert chosen.choose(logits, sampling.kind).tolist() == [46, 48]  # what was made counts too
-    chosen.begin(sampling)
+    chosen.forget()
     assert chosen.choose(logits, sampling.kind).tolist() == [49, 49]
 
 

@@ -77,6 +77,7 @@ class Engine:
         """
         self._check(prompts, request)
         self._stopped.clear()
+        self.sampler.begin(request.sampling)
         try:
             waiting = [i for i in range(len(prompts)) for _ in range(request.sequences)]
             for start in range(0, len(waiting), self.batch):
@@ -119,7 +120,8 @@ class Engine:
         """Sequences (number, prompt) that are in flight together, from prefill to the last token."""
         batch = bucket(len(members))
         kind = request.sampling.kind
-        self.sampler.begin(request.sampling)
+        if kind.penalised:
+            self.sampler.forget()
         logits = self._read_prompts(members, prompts, batch, kind.penalised)
         if logits.isnan().any():
             raise NumericalError(

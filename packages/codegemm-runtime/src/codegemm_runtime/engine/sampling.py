@@ -66,12 +66,14 @@ class Sampler:
         }
 
     def begin(self, sampling: Sampling) -> None:
-        """Take over the settings of a request, and forget what the last one saw."""
+        """Take over the settings of a request."""
         self.generator.manual_seed(sampling.seed)
         for name, value in self._settings.items():
             value.fill_(getattr(sampling, name))
-        if sampling.kind.penalised:
-            self.seen.zero_()
+
+    def forget(self) -> None:
+        """Forget what was seen: the slots get other sequences."""
+        self.seen.zero_()
 
     def see(self, slot: int, tokens: Tensor) -> None:
         """Note the tokens of a prompt."""
