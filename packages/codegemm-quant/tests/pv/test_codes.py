@@ -7,7 +7,7 @@ from codegemm_quant.pv.codes import CodeSearch, encode, update_codes
 from codegemm_quant.pv.processes import Processes
 from codegemm_quant.weight import CodebookWeight
 
-ALONE = Processes(0, 1, torch.device("cpu"), None)
+ALONE = Processes()
 ROWS, VECTORS, V, GROUPS = 13, 24, 4, 3
 
 

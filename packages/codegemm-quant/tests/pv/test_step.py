@@ -11,7 +11,7 @@ from codegemm_quant.pv.processes import Processes
 from codegemm_quant.pv.student import load_student
 from codegemm_quant.weight import CodebookWeight
 
-ALONE = Processes(0, 1, torch.device("cpu"), None)
+ALONE = Processes()
 
 
 def random_gradients(student):

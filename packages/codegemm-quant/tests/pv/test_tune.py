@@ -33,7 +33,7 @@ kept = sys.argv[1]
 save = StateStore.save
 def save_and_keep(store, step, *rest):
     save(store, step, *rest)
-    if store.processes.first and step == 8:
+    if store.processes.leads and step == 8:
         shutil.copytree(store.folder, kept)
         shutil.copytree(str(store.folder).replace(".work", ".logs"), kept + ".logs")
 StateStore.save = save_and_keep
@@ -185,7 +185,7 @@ def test_perplexity_is_that_of_the_text(config):
     out = f"{config.out}-tokens"
     tokenize(TokenizeConfig(config.data, config.student, out))
     windows = TokenCache.open(Path(out)).windows(list(range(5)), 32)
-    model = load_student(Path(config.student), Processes(0, 1, torch.device("cpu"), None)).model.eval()
+    model = load_student(Path(config.student), Processes()).model.eval()
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss
     assert start["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)

@@ -15,7 +15,7 @@ from codegemm_kernels import BadInput
 from codegemm_quant.pv.config import TokenizeConfig, TuneConfig
 from codegemm_quant.pv.processes import Processes
 from codegemm_quant.pv.student import Student
-from codegemm_quant.pv.tokens import ABOUT_FILE, TokenCache, fingerprint, tokenize
+from codegemm_quant.pv.tokens import ABOUT_FILE, TokenCache, tokenize, vocabulary_fingerprint
 
 HELD_OUT = 16
 """One window in so many is left out of training when there is no other text to evaluate on."""
@@ -101,11 +101,11 @@ def open_batches(config: TuneConfig, student: Student, work: Path, processes: Pr
 def _tokens(data: str, student: Student, folder: Path, resume: bool, processes: Processes) -> TokenCache:
     if (Path(data) / ABOUT_FILE).exists():
         folder = Path(data)
-    elif processes.first and not (resume and folder.exists()):
+    elif processes.leads and not (resume and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)
         tokenize(TokenizeConfig(data, str(student.folder), str(folder)))
     processes.wait()
     cache = TokenCache.open(folder)
-    if cache.about["tokenizer"] != fingerprint(student.tokenizer):
+    if cache.about["tokenizer"] != vocabulary_fingerprint(student.tokenizer):
         raise BadInput(f"the tokens in {folder} are another tokenizer's: tokenise with that of {student.folder}")
     return cache

@@ -91,7 +91,7 @@ class Lamb:
         squares = torch.stack(torch._foreach_norm(list(tensors))).square()
         if self.processes.size > 1:
             once = torch.tensor(
-                [slot.rows is not None or self.processes.first for slot in slots], device=squares.device
+                [slot.rows is not None or self.processes.leads for slot in slots], device=squares.device
             )
             squares = self.processes.sum(torch.where(once, squares, 0.0))
         return squares.sqrt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -15,33 +15,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from codegemm_quant.loading import choose_device
+from codegemm_quant.parallel import Team
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(Team):
     """This process's place among those of the run. Process r holds the r-th slice of every matrix's rows."""
 
-    rank: int
-    size: int
-    device: torch.device
-    mesh: DeviceMesh | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
     """None when there is one process: nothing is sharded then."""
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files and talks."""
-        return self.rank == 0
 
     def rows(self, total: int) -> slice:
         """The rows of a matrix of `total` rows that are here: FSDP's own split, in slices of ceil(total / size)."""
         share = -(-total // self.size)
         return slice(min(self.rank * share, total), min((self.rank + 1) * share, total))
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, of one shape, in a new first dimension."""
@@ -50,11 +38,6 @@ class Processes:
         gathered = tensor.new_empty(self.size, *tensor.shape)
         dist.all_gather(list(gathered.unbind()), tensor.contiguous())
         return gathered
-
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if self.size > 1:
-            dist.barrier()
 
     def joined(self, rows: Tensor, total: int) -> Tensor:
         """This process's slice of `total` rows as the distributed tensor it is part of; alone, the slice itself."""

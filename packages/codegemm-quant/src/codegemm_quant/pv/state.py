@@ -44,7 +44,7 @@ class StateStore:
                     f"cannot resume the run in {folder}: {told}; use the same settings, or delete the folder"
                 )
         processes.wait()
-        if processes.first and store.newest() is None:
+        if processes.leads and store.newest() is None:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings, indent=2))
         processes.wait()
@@ -58,13 +58,13 @@ class StateStore:
         """Write the state after `step` steps; all processes take part."""
         final = self.folder / f"state-{step:08}"
         building = final.with_name(f".{final.name}.partial")
-        if self.processes.first:
+        if self.processes.leads:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
         self.processes.wait()
         with _no_advice():
             save(self._joined(tensors), checkpoint_id=building, no_dist=self.processes.size == 1)
-        if self.processes.first:
+        if self.processes.leads:
             (building / PROGRESS_FILE).write_text(json.dumps({"step": step, **progress}, indent=2))
             before = [path for path in self.folder.glob("state-*[0-9]") if path != final]
             shutil.rmtree(final, ignore_errors=True)
@@ -84,7 +84,7 @@ class StateStore:
 
     def close(self) -> None:
         """Delete the work folder: the run is finished."""
-        if self.processes.first:
+        if self.processes.leads:
             shutil.rmtree(self.folder)
 
     def _joined(self, tensors: Rows) -> dict[str, Tensor]:

@@ -134,14 +134,14 @@ def export_student(student: Student, tensors: dict[str, Tensor], out: Path, proc
         codes, scales = (
             _whole(tensors[f"{matrix.name}.{part}"], matrix.rows, processes) for part in ("codes", "scales")
         )
-        if processes.first:
+        if processes.leads:
             packed = CodebookWeight(codes.long(), tensors[f"{matrix.name}.codebooks"], scales).packed(student.stored)
             stored.update({f"{matrix.name}.{part}": value for part, value in packed.items()})
     for name, parameter in student.others.items():
         whole = _whole(tensors[name], parameter.shape[0], processes)
-        if processes.first:
+        if processes.leads:
             stored[name] = whole.to(student.stored).cpu()
-    if processes.first:
+    if processes.leads:
         model = _skeleton(student.folder, student.stored)
         _allocate(model, torch.device("cpu"))  # never read: every tensor of it has a value in `stored`
         names = [matrix.name for matrix in student.matrices]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from codegemm_kernels import BadInput
 from codegemm_quant.calibration import DATASETS, TEXT_SUFFIXES
 from codegemm_quant.pv.config import TokenizeConfig
+from codegemm_quant.subject import check_out
 
 TOKENS_FILE, ABOUT_FILE = "tokens.bin", "tokens.json"
 PIECE = 1 << 20
@@ -63,9 +64,8 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     the tokenizer ends a text with none, documents are separated by its end token.
     """
     out = Path(config.out)
-    if out.exists():
-        raise BadInput(f"{out} exists already: choose another --out or delete it")
-    tokenizer = load_tokenizer(config.tokenizer)
+    check_out(out)
+    tokenizer = _tokenizer(config.tokenizer)
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -87,7 +87,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
             "tokens": tokens,
             "documents": documents,
             "vocabulary": len(tokenizer),
-            "tokenizer": fingerprint(tokenizer),
+            "tokenizer": vocabulary_fingerprint(tokenizer),
         }
         (building / ABOUT_FILE).write_text(json.dumps(about, indent=2))
         building.replace(out)
@@ -96,7 +96,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
     return {"out": str(out), **about}
 
 
-def load_tokenizer(name: str) -> Any:
+def _tokenizer(name: str) -> Any:
     """The tokenizer of a model folder or hub name. Raises BadInput when there is none."""
     from transformers import AutoTokenizer
 
@@ -107,7 +107,7 @@ def load_tokenizer(name: str) -> Any:
         raise BadInput(f"there is no tokenizer in {name}: {reason}") from error
 
 
-def fingerprint(tokenizer: Any) -> str:
+def vocabulary_fingerprint(tokenizer: Any) -> str:
     """Tells tokenizers of different vocabularies apart."""
     entries = sorted(tokenizer.get_vocab().items())
     return sha256(json.dumps(entries).encode()).hexdigest()[:16]

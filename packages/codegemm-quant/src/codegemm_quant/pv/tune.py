@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codegemm_kernels import BadInput, NumericalError
-from codegemm_quant.loading import compute_dtype, load_dense
+from codegemm_quant.loading import compute_dtype, fingerprint, load_dense
 from codegemm_quant.pv.batches import open_batches
 from codegemm_quant.pv.config import TuneConfig
 from codegemm_quant.pv.divergence import Teacher, autocast, check_pair
@@ -24,6 +24,7 @@ from codegemm_quant.pv.optimiser import PVOptimiser
 from codegemm_quant.pv.processes import Processes, join_processes
 from codegemm_quant.pv.state import Rows, StateStore
 from codegemm_quant.pv.student import export_student, load_student
+from codegemm_quant.subject import check_out
 
 LOG_EVERY = 10
 """Steps between two looks at the losses: each waits for the GPU."""
@@ -34,13 +35,13 @@ def tune(config: TuneConfig) -> dict[str, Any] | None:
 
     Returns {"out", "steps", "seconds", "tokens_per_second", "start", "best", "end"}; the last three are
     {"step", "divergence", "perplexity"} of the evaluations, divergence only with a teacher. On GPUs also
-    "peak_memory_bytes" of the process that needed most. None in all processes but the first. An interrupted run keeps its state in `<out>.work`. Raises BadInput for unusable input, NumericalError
-    when the loss stops being finite.
+    "peak_memory_bytes" of the process that needed most. None in all processes but the first. An interrupted run keeps
+    its state in `<out>.work`. Raises BadInput for unusable input, NumericalError when the loss stops being finite.
     """
     with join_processes(config.device) as processes:
         run = _Run(config, processes)
         result = run.finish(run.train())
-    return result if processes.first else None
+    return result if processes.leads else None
 
 
 class _Run:
@@ -49,8 +50,7 @@ class _Run:
     def __init__(self, config: TuneConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.out = Path(config.out)
-        if self.out.exists():
-            raise BadInput(f"{self.out} exists already: choose another --out or delete it")
+        check_out(self.out)
         self.micro = micro_batch(config, processes.size)
         self.student = load_student(
             Path(config.student), processes, gradient_checkpointing=config.gradient_checkpointing
@@ -66,7 +66,10 @@ class _Run:
         work = self.out.with_name(f"{self.out.name}.work")
         self.batches = open_batches(config, self.student, work, processes)
         self.teacher = self._load_teacher()
-        settings = config.settings() | {"text": self.batches.fingerprint}
+        settings = config.settings() | {
+            "text": self.batches.fingerprint,
+            "model": fingerprint(config.student, self.student.model.config),
+        }
         self.store = StateStore.open(work, settings, processes, resume=config.resume)
         self.optimiser = PVOptimiser(self.student, config, processes)
         self.best = self.student.snapshot()
@@ -78,7 +81,7 @@ class _Run:
             for matrix in self.student.matrices:
                 matrix.refresh()
         self.metrics: Metrics | None = None
-        if processes.first:
+        if processes.leads:
             self.metrics = Metrics(self.out.with_name(f"{self.out.name}.logs"), self.done)
 
     def train(self) -> float:
@@ -204,7 +207,7 @@ class _Run:
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[tqdm[None]]:
-        hidden = not self.processes.first
+        hidden = not self.processes.leads
         with tqdm(total=total, initial=self.done, desc="tune", unit="step", disable=hidden, dynamic_ncols=True) as bar:
             yield bar
 
