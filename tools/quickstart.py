@@ -79,7 +79,7 @@ def run(config: Quickstart) -> dict[str, Any]:
     measure = {"window": config.window, "windows": config.windows, "device": device}
 
     say(f"1/4 perplexity of {dense} on {device}")
-    dense_score = score_folder(dense, evaluate_folder(dense, validation, **measure))
+    dense_ppl = evaluate_folder(dense, validation, **measure).perplexity
     say(f"2/4 quantising to {config.scheme}")
     remove_previous(checkpoint)
     quantized = quantize(
@@ -100,9 +100,8 @@ def run(config: Quickstart) -> dict[str, Any]:
     say("3/4 generating with AutoModelForCausalLM.from_pretrained")
     generated = generate(config, checkpoint, device)
     say("4/4 perplexity of the quantised model")
-    score = score_folder(checkpoint, evaluate_folder(checkpoint, validation, **measure))
-
-    scores = [dense_score, score]
+    quantized_ppl = evaluate_folder(checkpoint, validation, **measure).perplexity
+    scores = [score_folder(dense, {"perplexity": dense_ppl}), score_folder(checkpoint, {"perplexity": quantized_ppl})]
     chart, table = config.out / "quickstart.png", config.out / "quickstart.md"
     save_chart(scores, chart, f"{dense.name}: dense and {config.scheme}, on {Path(validation).name}")
     table.write_text(markdown_table(scores) + "\n")
@@ -112,10 +111,10 @@ def run(config: Quickstart) -> dict[str, Any]:
         "scheme": config.scheme,
         "device": device,
         "bits_per_weight": quantized["bits_per_weight"],
-        "ppl_dense": dense_score.perplexity,
-        "ppl_quantized": score.perplexity,
-        "bytes_dense": dense_score.bytes,
-        "bytes_quantized": score.bytes,
+        "ppl_dense": dense_ppl,
+        "ppl_quantized": quantized_ppl,
+        "bytes_dense": scores[0].bytes,
+        "bytes_quantized": scores[1].bytes,
         "quantize_seconds": quantized["seconds"],
         "tokens_per_second": generated.tokens / generated.seconds,
         "sample": config.prompt + generated.text,

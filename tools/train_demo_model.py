@@ -84,6 +84,7 @@ def train(config: Training) -> dict[str, Any]:
     import torch
 
     from codegemm_eval.perplexity import perplexity
+    from codegemm_eval.windows import Protocol, cut_windows
     from codegemm_kernels import BadInput
     from codegemm_runtime.loading import choose_device
 
@@ -106,7 +107,8 @@ def train(config: Training) -> dict[str, Any]:
     device = choose_device(config.device)
     model = build_model(config).to(device)
     losses = optimise(model, tokens, config, device)
-    judged = perplexity(model.to(torch.bfloat16), held_out, window=config.context, batch_size=config.batch_size)
+    windows = cut_windows(held_out, Protocol(window=config.context))
+    judged = perplexity(model.to(torch.bfloat16), windows, batch_size=config.batch_size)
     write_folder(model, tokenizer, config.out)
     state_path(config).unlink(missing_ok=True)
     return {

@@ -6,9 +6,8 @@ import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
-from tokenizers.processors import TemplateProcessing
 
-from codegemm_eval.text import C4_CHARACTERS, read_text, read_tokens
+from codegemm_eval.text import C4_CHARACTERS, load_text, read_text
 from codegemm_kernels import BadInput
 
 
@@ -25,7 +24,7 @@ def test_local_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "no file .*none.txt"),
+        ("none.txt", None, "no file .*none.txt.*wikitext2"),
         ("empty.txt", b" \n", "empty.txt holds no text"),
         ("latin.txt", b"caf\xe9 au lait", "latin.txt is not UTF-8"),
         ("a.csv", b"text\n", "suffix '.csv'"),
@@ -39,7 +38,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        read_text(str(tmp_path / name))
+        load_text(str(tmp_path / name))
 
 
 def test_parquet_without_text(tmp_path):
@@ -51,26 +50,52 @@ def test_parquet_without_text(tmp_path):
         read_text(str(tmp_path / "a.parquet"))
 
 
+def served(monkeypatch, expected: tuple, **columns: list[str]) -> None:
+    """Make datasets.load_dataset answer with `columns` when it is called with `expected`."""
+
+    def load_dataset(*arguments, **options):
+        assert (arguments, options) == expected
+        return datasets.Dataset.from_dict(columns)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
 def test_wikitext2_joins_raw_test_rows_by_a_blank_line(monkeypatch):
-    def load_dataset(path, name, split):
-        assert (path, name, split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-        return datasets.Dataset.from_dict({"text": ["", " = Title = \n", " Body .\n"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_text("wikitext2") == "\n\n = Title = \n\n\n Body .\n"
+    rows = ["", " = Title = \n", " Body .\n"]
+    served(monkeypatch, (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"}), text=rows)
+    assert load_text("wikitext2").documents == ("\n\n = Title = \n\n\n Body .\n",)
 
 
-def test_c4_takes_1100_documents_and_cuts_by_characters(monkeypatch):
-    def load_dataset(path, data_files, split):
-        assert (path, split) == ("allenai/c4", "validation")
-        assert data_files == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-        return datasets.Dataset.from_dict({"text": [f"{i:04d}" + "x" * length for i in range(1200)]})
+C4 = (
+    ("allenai/c4",),
+    {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"},
+)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    length = 6
-    assert read_text("c4").endswith(" 1099xxxxxx")
-    length = 4000
-    assert len(read_text("c4")) == C4_CHARACTERS
+
+def test_c4_takes_1100_documents_and_cuts_by_characters_or_tokens(monkeypatch):
+    served(monkeypatch, C4, text=[f"{i:04d}" + "x" * 6 for i in range(1200)])
+    assert load_text("c4").documents[0].endswith(" 1099xxxxxx")
+    assert load_text("c4-tokens").documents == load_text("c4").documents
+    assert len(load_text("c4-documents").documents) == 1200
+    served(monkeypatch, C4, text=["x" * 4000] * 1200)
+    assert len(load_text("c4").documents[0]) == C4_CHARACTERS
+    assert len(load_text("c4-tokens").documents[0]) == 1100 * 4001 - 1
+
+
+@pytest.mark.parametrize(("name", "split", "text"), [("ptb", "validation", "a b\n\nc"), ("ptb-new", "test", "a b c")])
+def test_ptb_joins_sentences(monkeypatch, name, split, text):
+    files = {split: f"penn_treebank/{split}/0000.parquet"}
+    options = {"revision": "refs/convert/parquet", "data_files": files, "split": split}
+    served(monkeypatch, (("ptb-text-only/ptb_text_only",), options), sentence=["a b", "c"])
+    assert load_text(name).documents == (text,)
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+    for name, content in (("a.txt", "one"), ("b.txt", "one"), ("c.txt", "two")):
+        (tmp_path / name).write_text(content)
+    a, b, c = (load_text(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt"))
+    assert a.digest == b.digest != c.digest
+    assert (a.name, a.rule) == ("a.txt", None)
 
 
 def test_a_download_that_fails_says_so(monkeypatch):
@@ -79,13 +104,4 @@ def test_a_download_that_fails_says_so(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(OSError, match=r"wikitext2 could not be downloaded \(no route\); give a local file"):
-        read_text("wikitext2")
-
-
-def test_bos_stands_once_at_the_start(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a"}\n')
-    plain = read_tokens(str(tmp_path / "a.jsonl"), tokenizer)
-    assert len(plain) == 4
-    with_bos = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
-    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    assert read_tokens(str(tmp_path / "a.jsonl"), with_bos).tolist() == [0, *plain.tolist()]
+        load_text("wikitext2")

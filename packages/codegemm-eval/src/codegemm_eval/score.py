@@ -1,4 +1,4 @@
-"""A checkpoint folder in numbers: scheme, bits a weight, bytes, perplexity."""
+"""A checkpoint folder in numbers: scheme, bits a weight, bytes, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from codegemm_eval.perplexity import Perplexity, perplexity
-from codegemm_eval.text import read_tokens
+from codegemm_eval.text import load_text
+from codegemm_eval.tokens import tokenize
+from codegemm_eval.windows import Protocol
 
 DENSE = "dense"
 
@@ -24,7 +26,8 @@ class FolderScore:
     """Stored bits a weight, codebooks and scales included: of the quantised layers, or the dtype's when dense."""
     bytes: int
     """Bytes of all stored tensors: the dense embedding and head are in it."""
-    perplexity: float
+    measured: dict[str, float]
+    """Column of the table to value."""
 
 
 def evaluate_folder(
@@ -33,28 +36,27 @@ def evaluate_folder(
     *,
     window: int = 2048,
     windows: int | None = None,
-    batch_size: int = 1,
     device: str | None = None,
     dtype: str = "auto",
 ) -> Perplexity:
-    """Perplexity of the checkpoint in `folder`, dense or quantised, on the text `data` (see `text.read_text`).
+    """Perplexity of the checkpoint in `folder`, dense or quantised, on the text `data` (see `text.load_text`).
 
     `device` None is the GPU when there is one, `dtype` "auto" the dtype of the checkpoint. Raises BadInput for a
     folder or text that cannot be used.
     """
     from codegemm_runtime.loading import load_model, load_tokenizer
 
-    tokens = read_tokens(data, load_tokenizer(folder))
-    model = load_model(folder, device=device, dtype=dtype)
-    return perplexity(model, tokens, window=window, windows=windows, batch_size=batch_size)
+    protocol = Protocol(window=window, windows=windows)
+    tokens = tokenize(load_text(data), load_tokenizer(folder), protocol)
+    return perplexity(load_model(folder, device=device, dtype=dtype), tokens.cut(protocol))
 
 
-def score_folder(folder: Path | str, measured: Perplexity) -> FolderScore:
-    """The row of `folder`, whose perplexity was `measured`; no weight is read."""
+def score_folder(folder: Path | str, measured: dict[str, float], name: str | None = None) -> FolderScore:
+    """The row of `folder`, of which `measured` is known, called `name` or like the folder; no weight is read."""
     from codegemm_runtime.inspection import inspect_folder
 
     found = inspect_folder(folder)
     bits = found.bits_per_weight
     if bits is None:
         bits = float(torch.finfo(getattr(torch, found.dtype or "float32")).bits)
-    return FolderScore(Path(folder).name, found.scheme or DENSE, bits, found.total_bytes, measured.perplexity)
+    return FolderScore(name or Path(folder).resolve().name, found.scheme or DENSE, bits, found.total_bytes, measured)

@@ -2,48 +2,83 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from codegemm_kernels import BadInput
 
 C4_DOCUMENTS = 1100
 C4_CHARACTERS = 2_088_528
+C4_WINDOWS = 256
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-def read_text(source: str) -> str:
-    """Text of a local file (.txt; .jsonl or .parquet with a `text` column) or of the test set wikitext2 or c4.
+@dataclass(frozen=True)
+class NamedSet:
+    """A test set of published numbers and how its documents become one text."""
+
+    load: Callable[[], list[str]]
+    joined_by: str | None
+    """None: each window is drawn from one document."""
+    characters: int | None = None
+    """The joined text is cut to this many."""
+    windows: int | None = None
+    """Only the tokens of the first (or this many random) windows are used."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to measure on, before it is tokenised."""
+
+    name: str
+    """The name of a test set or of a file without its folder."""
+    documents: tuple[str, ...]
+    """One text, or the documents that windows are drawn from."""
+    rule: NamedSet | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the content, however it is called."""
+        content = hashlib.sha256()
+        for document in self.documents:
+            content.update(document.encode("utf-8", "surrogatepass") + b"\0")
+        return content.hexdigest()[:16]
+
+
+def load_text(source: str) -> Text:
+    """A local file (.txt; .jsonl or .parquet with a `text` column) or a test set of that name (see `NAMED`).
 
     Documents of .jsonl and .parquet files are joined by a blank line. Raises BadInput for anything that is neither,
     cannot be read or is empty, and OSError when a test set cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        text = _read_file(path)
-    elif source in NAMED:
-        text = _download(source)
-    else:
+        return Text(path.name, (read_text(source),))
+    rule = NAMED.get(source)
+    if rule is None:
         raise BadInput(
             f"no file {source} and no test set of that name: "
             f"give a {', '.join(SUFFIXES)} file or one of {', '.join(NAMED)}"
         )
+    try:
+        documents = rule.load()
+    except OSError as error:
+        raise OSError(f"the test set {source} could not be downloaded ({error}); give a local file instead") from error
+    if rule.joined_by is not None:
+        documents = [rule.joined_by.join(documents)[: rule.characters]]
+    return Text(source, tuple(documents), rule)
+
+
+def read_text(file: str) -> str:
+    """Text of a local file. Raises BadInput when it cannot be read or is empty."""
+    text = _read_file(Path(file).expanduser())
     if not text.strip():
-        raise BadInput(f"{source} holds no text (0 tokens): give a text of at least one window")
+        raise BadInput(f"{file} holds no text (0 tokens): give a text of at least one window")
     return text
-
-
-def read_tokens(source: str, tokenizer: Any) -> torch.Tensor:
-    """Tokens [T] int64 of `read_text(source)`, tokenised in one piece.
-
-    Special tokens are what the tokenizer adds by itself: its BOS, if it has one, stands once, at the start.
-    """
-    ids = tokenizer(read_text(source), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _read_file(path: Path) -> str:
@@ -88,27 +123,40 @@ def _parquet_rows(path: Path) -> list[str]:
     return [text for text in column.to_pylist() if text is not None]
 
 
-def _wikitext2() -> str:
-    """The raw-v1 test rows, joined by a blank line."""
+def _wikitext2() -> list[str]:
+    """The raw-v1 test rows."""
     from datasets import load_dataset
 
-    return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
+    return list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 
-def _c4() -> str:
-    """The first 1100 documents of en validation shard 0, joined by a space and cut to 2 088 528 characters."""
+def _ptb(split: str) -> list[str]:
+    """Sentences of the Penn Treebank, whose hub repository is a script: datasets reads the hub's own copy of it."""
+    from datasets import load_dataset
+
+    files = {split: f"penn_treebank/{split}/0000.parquet"}
+    rows = load_dataset("ptb-text-only/ptb_text_only", revision="refs/convert/parquet", data_files=files, split=split)
+    return list(rows["sentence"])
+
+
+def _c4() -> list[str]:
+    """Documents of en validation shard 0."""
     from datasets import load_dataset
 
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    documents = load_dataset("allenai/c4", data_files=files, split="validation")
-    return " ".join(documents.select(range(min(C4_DOCUMENTS, len(documents))))["text"])[:C4_CHARACTERS]
+    return list(load_dataset("allenai/c4", data_files=files, split="validation")["text"])
 
 
-NAMED: Mapping[str, Callable[[], str]] = {"wikitext2": _wikitext2, "c4": _c4}
+def _first_of_c4() -> list[str]:
+    return _c4()[:C4_DOCUMENTS]
 
 
-def _download(name: str) -> str:
-    try:
-        return NAMED[name]()
-    except OSError as error:
-        raise OSError(f"the test set {name} could not be downloaded ({error}); give a local file instead") from error
+NAMED: Mapping[str, NamedSet] = {
+    "wikitext2": NamedSet(_wikitext2, "\n\n"),
+    "c4": NamedSet(_first_of_c4, " ", characters=C4_CHARACTERS),
+    "c4-tokens": NamedSet(_first_of_c4, " ", windows=C4_WINDOWS),
+    "c4-documents": NamedSet(_c4, None, windows=C4_WINDOWS),
+    "ptb": NamedSet(partial(_ptb, "validation"), "\n\n"),
+    "ptb-new": NamedSet(partial(_ptb, "test"), " "),
+}
+"""Test sets by name; README.md says which published protocol each is."""
