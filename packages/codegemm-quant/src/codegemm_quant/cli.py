@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,10 +62,8 @@ class Tokenize(TokenizeConfig):
         return tokenize(TokenizeConfig(**{field.name: getattr(self, field.name) for field in fields(TokenizeConfig)}))
 
 
-COMMANDS = {"quantize": Quantize, "tune": Tune, "tokenize": Tokenize}
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="codegemm-quant", args=arguments)
+    commands: dict[str, Callable[..., Any]] = {"quantize": Quantize, "tune": Tune, "tokenize": Tokenize}
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="codegemm-quant", args=arguments)
     sys.exit(run_command(command.run, debug=command.debug))

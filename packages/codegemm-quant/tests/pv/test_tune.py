@@ -211,6 +211,11 @@ def test_bad_models(config, tmp_path, folders):
         tune(replace(config, student=str(folders / "dense")))
     with pytest.raises(BadInput, match="is quantised already"):
         tune(replace(config, teacher=config.student))
+    scaled = edited(config, tmp_path / "scaled", {})
+    settings = Path(scaled.student) / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"logits_scaling": 2.0}))
+    with pytest.raises(BadInput, match="changes its logits after the head"):
+        tune(scaled)
     norm = "model.norm.weight"
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         tune(edited(config, tmp_path / "a", {norm: torch.empty(0)}))

@@ -105,13 +105,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def check_model(model: Any) -> None:
+    """Raise BadInput for a model whose predictions are not its head times its last hidden states."""
+    config = model.config.get_text_config()
+    for name in _LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise BadInput(f"{type(model).__name__} changes its logits after the head ({name}): it cannot be tuned")
+
+
 def check_pair(student: Any, teacher: Any) -> None:
     """Raise BadInput for models whose predictions cannot be compared, naming the difference."""
-    for model in (student, teacher):
-        config = model.config.get_text_config()
-        for name in _LOGIT_CHANGES:
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise BadInput(f"{type(model).__name__} changes its logits after the head ({name}): it cannot be tuned")
+    check_model(teacher)
     ours, theirs = (int(model.config.get_text_config().vocab_size) for model in (student, teacher))
     if ours != theirs:
         raise BadInput(

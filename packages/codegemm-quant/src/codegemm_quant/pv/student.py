@@ -24,7 +24,7 @@ from codegemm_kernels.checkpoint import (
 )
 from codegemm_quant.blocks import find_blocks
 from codegemm_quant.export import export_checkpoint
-from codegemm_quant.pv.divergence import Learner
+from codegemm_quant.pv.divergence import Learner, check_model
 from codegemm_quant.pv.matrix import TunedMatrix
 from codegemm_quant.pv.processes import Processes, local_rows
 from codegemm_quant.weight import CodebookWeight
@@ -95,6 +95,7 @@ def load_student(folder: Path, processes: Processes, *, gradient_checkpointing: 
         raise BadInput(f"{folder} is not quantised: make a checkpoint with `codegemm-quant quantize` first")
     headers = read_headers(checkpoint_files(folder))
     model = _skeleton(folder, torch.float32)
+    check_model(model)
     coded = set(quantized_names(headers))
     _check(model, folder, metadata, headers, processes.size)
     if gradient_checkpointing:
