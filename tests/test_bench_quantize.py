@@ -1,26 +1,33 @@
-"""tools/bench_quantize.py on a shape that takes a second."""
+"""tools/bench_quantize.py and tools/quantize_curve.py on shapes that take seconds."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from codegemm_kernels import BadInput
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "bench_quantize.py"
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("bench_quantize", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_quantize"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("bench_quantize")
 
 
 def test_stages_make_up_the_time(tool, tmp_path):
@@ -41,3 +48,22 @@ def test_what_it_cannot_time_is_refused(tool):
         tool.bench(tool.Bench("gpt"))
     with pytest.raises(BadInput, match="multiple of 8"):
         tool.bench(tool.Bench("tiny", windows=9))
+
+
+def test_a_curve_has_a_point_for_each_scheme(tmp_path):
+    bundled, text = TOOLS.parent / "models" / "pylm-4m", tmp_path / "text.txt"
+    text.write_text((bundled / "validation.txt").read_text()[:40_000])
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=4096, **shape), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "tiny")
+    AutoTokenizer.from_pretrained(bundled).save_pretrained(tmp_path / "tiny")
+    path, schemes = tmp_path / "curve.json", ("m1v8g-1", "m1v4g-1")
+    tool = load("quantize_curve")
+    result = tool.curve(tool.Curve(str(tmp_path / "tiny"), str(text), str(text), path, schemes, 32, 32, 8, "cpu"))
+    assert json.loads(path.read_text()) == result
+    assert [row["scheme"] for row in result["rows"]] == list(schemes)
+    for row in result["rows"]:
+        assert row["gap"] == pytest.approx(math.log(row["perplexity"] / result["dense_perplexity"]))
+        assert row["effort"]["samples"] == 64
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
