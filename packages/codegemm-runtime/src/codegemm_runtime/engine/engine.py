@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from codegemm_runtime.engine.cache import KVCache
 from codegemm_runtime.engine.decoder import Decoder, read_decoder
 from codegemm_runtime.engine.forward import prefill
 from codegemm_runtime.engine.memory import check_memory
-from codegemm_runtime.engine.sampling import Sampler, Sampling
+from codegemm_runtime.engine.sampling import Kind, Sampler, Sampling
 from codegemm_runtime.engine.steps import Steps
 
 if TYPE_CHECKING:
@@ -120,23 +121,17 @@ class Engine:
         """Sequences (number, prompt) that are in flight together, from prefill to the last token."""
         batch = bucket(len(members))
         kind = request.sampling.kind
-        if kind.penalised:
-            self.sampler.forget()
-        logits = self._read_prompts(members, prompts, batch, kind.penalised)
-        if logits.isnan().any():
-            raise NumericalError(
-                "the model's logits are NaN: its weights hold NaN or inf, or its dtype overflows; "
-                "check the checkpoint or write it again"
-            )
-        self.steps.feed(self.sampler.choose(logits, kind))
+        with self._on_device():
+            self._begin(members, prompts, batch, kind)
+            pending: deque[Tokens] = deque([Tokens(self.steps.tokens[:batch])])
         alive = {slot: sequence for slot, (sequence, _) in enumerate(members)}
-        pending: deque[Tokens] = deque([Tokens(self.steps.tokens[:batch])])
         launched = 1
         while alive:
             # The next step is under way before the last one's tokens are read: the GPU never waits for Python.
             if launched < request.max_new_tokens:
-                self.steps.advance(batch, kind)
-                pending.append(Tokens(self.steps.tokens[:batch]))
+                with self._on_device():
+                    self.steps.advance(batch, kind)
+                    pending.append(Tokens(self.steps.tokens[:batch]))
                 launched += 1
             if not pending:
                 return
@@ -147,6 +142,23 @@ class Engine:
                 for slot, sequence in alive.items()
                 if tokens[slot] not in request.ends and sequence not in self._stopped
             }
+
+    def _begin(self, members: list[tuple[int, int]], prompts: Sequence[Sequence[int]], batch: int, kind: Kind) -> None:
+        """Read the prompts and choose the first tokens. Raises NumericalError for NaN."""
+        if kind.penalised:
+            self.sampler.forget()
+        logits = self._read_prompts(members, prompts, batch, kind.penalised)
+        if logits.isnan().any():
+            raise NumericalError(
+                "the model's logits are NaN: its weights hold NaN or inf, or its dtype overflows; "
+                "check the checkpoint or write it again"
+            )
+        self.steps.feed(self.sampler.choose(logits, kind))
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Make the model's GPU the current one, which is where Triton launches; not across a yield to the caller."""
+        device = self.decoder.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _chunk(self, length: int) -> int:
         """Tokens of a prompt read at a time."""
