@@ -1,4 +1,7 @@
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -100,3 +103,45 @@ def test_trust_ratio_keeps_the_furthest_changes(ratio):
     expected[kept] = free.view(-1, 1)[kept]
     assert torch.equal(codes.view(-1, 1), expected)
     assert (len(kept) == budget) == (ratio == 1.0)
+
+
+@dataclass(frozen=True)
+class Thread(Processes):
+    """A process that is a thread: what is gathered goes through a list that both see."""
+
+    slots: list = field(default_factory=lambda: [None, None])
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=10))
+
+    def gather(self, tensor):
+        self.slots[self.rank] = tensor
+        self.barrier.wait()
+        gathered = torch.stack(self.slots)
+        self.barrier.wait()
+        return gathered
+
+    def sum(self, tensor):
+        return tensor.copy_(self.gather(tensor.clone()).sum(0))
+
+
+@pytest.mark.parametrize("ratio", [None, 0.05, 0.2])
+@pytest.mark.parametrize("budget", [1, 40, 200, ROWS * VECTORS])
+def test_two_processes_choose_the_same_vectors_as_one(budget, ratio):
+    weight, latent = matrix(1)
+    alone = weight.codes.to(torch.uint8)
+    update_codes(weight, alone, latent, budget, search(1, trust_ratio=ratio), ALONE)
+    first = Thread(0, 2)
+    pair = [first, Thread(1, 2, slots=first.slots, barrier=first.barrier)]
+    codes = weight.codes.to(torch.uint8)
+
+    def half(processes):
+        rows = processes.rows(ROWS)  # 7 and 6
+        part = CodebookWeight(weight.codes[rows], weight.codebooks, weight.scales[rows])
+        own = codes[rows].clone()
+        changed = update_codes(part, own, latent[rows], budget, search(1, trust_ratio=ratio), processes)
+        codes[rows] = own
+        return int(changed)
+
+    with ThreadPoolExecutor(2) as threads:
+        changed = sum(threads.map(half, pair))
+    assert torch.equal(codes, alone)
+    assert changed == int((alone != weight.codes).any(2).sum())

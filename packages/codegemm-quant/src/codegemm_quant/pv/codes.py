@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from codegemm_quant.pv.processes import Processes
-from codegemm_quant.weight import CodebookWeight, expand_codebooks
+from codegemm_quant.weight import CodebookWeight
 
 MAX_SCORES = 1 << 26
 """Scores of candidate entries held at once: 256 MB."""
@@ -47,7 +47,8 @@ def update_codes(
     after = encode(wanted[places], scales, before.long(), weight.codebooks, search).to(torch.uint8)
     if search.trust_ratio is not None:
         size = processes.sum(current.square().sum()).sqrt()
-        moved = expand_codebooks(after.long()[:, None], weight.codebooks) * scales[:, None] - current[places]
+        entries = torch.stack([book[after[:, i].long()] for i, book in enumerate(weight.codebooks)]).sum(0)
+        moved = entries * scales[:, None] - current[places]
         kept = _trusted(score, moved.square().sum(1), search.trust_ratio * size, budget, processes)
         after = torch.where(kept[:, None], after, before)
     flat[places] = after
