@@ -57,8 +57,9 @@ def save_chart(scores: Sequence[FolderScore], path: Path, title: str) -> None:
 
 
 def _columns(scores: Sequence[FolderScore]) -> list[str]:
-    """Titles of what was measured, in the order of their first appearance."""
-    return list(dict.fromkeys(title for score in scores for title in score.measured))
+    """Titles of what was measured, in the order of the fullest row: a teacher has no divergence from itself."""
+    fullest_first = sorted(scores, key=lambda score: -len(score.measured))
+    return list(dict.fromkeys(title for score in fullest_first for title in score.measured))
 
 
 def _panels(scores: Sequence[FolderScore]) -> list[str]:
