@@ -34,6 +34,11 @@ def quickstart_tool() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def reproduce_tool() -> ModuleType:
+    return load_tool("reproduce")
+
+
+@pytest.fixture(scope="session")
 def quickstart() -> Callable[..., subprocess.CompletedProcess[str]]:
     """tools/quickstart.py as a user runs it, on so little text that it takes seconds."""
 
