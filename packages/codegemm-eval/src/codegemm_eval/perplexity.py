@@ -170,7 +170,7 @@ def _fitting_batch(models: list[Any], windows: Windows) -> int:
         return 1
     window = windows.inputs.shape[1]
     config = models[0].config.get_text_config()
-    widest = max(getattr(config, "intermediate_size", 0) or 0, config.hidden_size)
+    widest: int = max(getattr(config, name, None) or 0 for name in ("intermediate_size", "hidden_size"))
     bytes_a_token: int = models[0].dtype.itemsize * (len(models) * config.vocab_size + 8 * widest)
     free: int = torch.cuda.mem_get_info(models[0].device)[0]
     return max(1, min(BATCH_TOKENS // window, free // (2 * window * bytes_a_token)))

@@ -47,7 +47,7 @@ def save_chart(scores: Sequence[FolderScore], path: Path, title: str) -> None:
             if column in score.measured:
                 colour = colormaps["tab10"](number % 10)
                 axes.plot(score.bytes / 1e6, score.measured[column], _MARKERS[number % 10], color=colour, ms=8)
-        _dress(axes, column)
+        _dress(axes, column, max(score.bytes for score in scores))
     for axes in panels[len(columns) :]:
         axes.axis("off")
     _add_legend(figure, scores)
@@ -96,14 +96,13 @@ def _align(cell: str, width: int, column: int) -> str:
     return cell.rjust(width) if column > 1 else cell.ljust(width)
 
 
-def _dress(axes: Any, column: str) -> None:
+def _dress(axes: Any, column: str, largest: int) -> None:
     lower = column.startswith(("perplexity", "KL"))
-    unit = {"perplexity": "perplexity", "KL": "nats a token"}.get(column.split(" ")[0], column)
-    axes.set_title(column + (" (lower is better)" if lower else ""), fontsize=10)
+    unit = ", nats a token" if column.startswith("KL") else ""
+    axes.set_title(column + unit + (" (lower is better)" if lower else ""), fontsize=10)
     axes.set_xlabel("size, MB", fontsize=9)
-    axes.set_ylabel(unit, fontsize=9)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.1, y=0.2)
+    axes.set_xlim(0, 1.1 * largest / 1e6)
+    axes.margins(y=0.2)
     axes.grid(True, color="#e3e6ea")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
