@@ -65,5 +65,5 @@ def test_a_curve_has_a_point_for_each_scheme(tmp_path):
     assert [row["scheme"] for row in result["rows"]] == list(schemes)
     for row in result["rows"]:
         assert row["gap"] == pytest.approx(math.log(row["perplexity"] / result["dense_perplexity"]))
-        assert row["effort"]["samples"] == 64
+        assert row["effort"]["samples"] == 32
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
