@@ -70,7 +70,7 @@ def test_lm_eval_alone_says_the_same_of_a_quantised_folder(smoke, monkeypatch, t
         batch_size=8,
     )
     cells = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    (ours,) = (c for c in cells if c["task"] == "next_line" and c["run"]["folder"].endswith("m1v4g128"))
+    (ours,) = (c for c in cells if c["task"] == "next_line" and c["run"]["name"] == "m1v4g128")
     theirs = found["results"]["next_line"]
     for metric in ("acc,none", "acc_norm,none"):
         assert theirs[metric] == ours["result"]["metrics"]["next_line"][metric]

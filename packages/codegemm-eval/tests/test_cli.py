@@ -102,7 +102,7 @@ def test_finished_cells_survive_a_failure(run, folder, other, text, tmp_path):
     assert "what was finished is kept in results.jsonl" in err
     assert "has no tokenizer" in err.splitlines()[-1]
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["run"]["folder"] == str(folder)
+    assert json.loads(line)["run"]["name"] == folder.name
 
 
 def test_tasks_are_kept(run, folder, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def _measure(subject: Subject, measure: Measure, setting: dict[str, Any], result
         if results.cells:
             print(f"what was finished is kept in {results.path}", file=sys.stderr)
         raise
-    cell = Cell(subject.content, measure.task, setting, result, describe_run(subject.given, subject.model.device))
+    cell = Cell(subject.content, measure.task, setting, result, describe_run(subject.name, subject.model.device))
     results.add(cell)
     return cell
 

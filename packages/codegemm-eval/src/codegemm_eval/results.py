@@ -38,7 +38,7 @@ class Cell:
     """What decides the result, apart from the model."""
     result: dict[str, Any]
     run: dict[str, Any]
-    """Where and when: date, folder, versions, commit, hardware."""
+    """Where and when: date, name of the model, versions, commit, hardware."""
 
 
 class ResultFile:
@@ -89,11 +89,11 @@ def model_content(folder: Path) -> str:
         return sha256("\n".join(threads.map(digest, files)).encode()).hexdigest()[:16]
 
 
-def describe_run(folder: Path | str, device: torch.device) -> dict[str, Any]:
-    """Where and when a measurement is taken."""
+def describe_run(name: str, device: torch.device) -> dict[str, Any]:
+    """Where and when a measurement of the model called `name` is taken."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "folder": str(folder),
+        "name": name,
         "versions": {"python": platform.python_version()} | {name: _or_none(version, name) for name in _PACKAGES},
         "commit": commit(),
         "hardware": hardware(device),
