@@ -84,7 +84,8 @@ RECIPES = {
         tokenize="",
         tune="--steps 60 --batch-size 8 --sequence-length 512 --eval-every 20 --eval-windows 8",
         compare=(
-            f"--data {BUNDLED / 'validation.txt'} --window 1024 --windows 20 --spread --tasks next_line.yaml --speed"
+            f"--data {BUNDLED / 'validation.txt'} --window 1024 --windows 20 --spread --tasks next_line.yaml "
+            "--speed --runs 20"
         ),
     ),
     "smoke": Recipe(

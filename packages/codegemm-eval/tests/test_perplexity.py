@@ -161,6 +161,16 @@ def test_a_batch_that_does_not_fit_is_halved_for_good(capsys):
         perplexity(BigramModel(BIGRAM, rows_that_fit=0), cut(tokens, 10))
 
 
+@pytest.mark.parametrize(("gigabytes", "models", "batch"), [(120, 1, 8), (5, 1, 2), (5, 2, 1), (0, 1, 1)])
+def test_a_gpu_takes_as_many_windows_as_half_of_its_memory_holds(monkeypatch, gigabytes, models, batch):
+    # 8B: 128256 logits and 8 activations of 14336 a token are 0.995 GB for 2048 tokens in fp16
+    sizes = SimpleNamespace(vocab_size=128256, intermediate_size=14336, hidden_size=4096)
+    config = SimpleNamespace(get_text_config=lambda: sizes)
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, config=config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 141 * 10**9))
+    assert module._fitting_batch([model] * models, cut(torch.zeros(2048 * 20), 2048)) == batch
+
+
 def test_restores_training_mode(model):
     model.train()
     perplexity(model, cut(random_tokens(32), 16))
