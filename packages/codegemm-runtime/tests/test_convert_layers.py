@@ -79,7 +79,12 @@ def convert(tmp_path: Path, to: Any = "codegemm", **options: Any) -> dict[str, A
 
 
 def test_layers_come_in_bit_for_bit(layers: Any, tmp_path: Path, ids: Tensor) -> None:
+    for left_by_a_killed_run in (".out.layers", ".out.partial"):
+        (tmp_path / left_by_a_killed_run).mkdir()
+        (tmp_path / left_by_a_killed_run / "7.safetensors").write_bytes(b"half")
     result = convert(tmp_path)
+    assert not list(tmp_path.glob(".out*"))
+    assert not (tmp_path / "out" / "7.safetensors").exists()
     assert (result["from"], result["scheme"], result["layers"]) == ("layers", "m2v8g32", 14)
     block = torch.load(tmp_path / "layers" / "1.pth", weights_only=False)
     stored = load_file(tmp_path / "out" / "model.safetensors")

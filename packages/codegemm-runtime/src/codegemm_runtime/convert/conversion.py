@@ -43,7 +43,8 @@ def convert_folder(
     is what a loader casts to. `base` and `allow_pickle`: see `open_source`. Raises BadInput or CheckpointError, and
     then leaves nothing behind.
     """
-    with FolderWriter(out) as writer, open_source(folder, base, allow_pickle, out.parent) as source:
+    scratch = out.with_name(f".{out.name}.layers")
+    with FolderWriter(out) as writer, open_source(folder, base, allow_pickle, scratch) as source:
         if to == source.format:
             raise BadInput(f"{folder} is {to} already: there is nothing to convert")
         encode, block = _encoder(source, to)

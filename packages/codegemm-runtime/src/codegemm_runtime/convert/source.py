@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
@@ -88,12 +88,14 @@ class Source:
 
 @contextmanager
 def open_source(folder: Path | str, base: Path | str | None, allow_pickle: bool, scratch: Path) -> Iterator[Source]:
-    """Find out what `folder` is. `base`, `allow_pickle` and `scratch`, a folder with room, are for layer checkpoints.
+    """Find out what `folder` is. `base`, `allow_pickle` and `scratch`, a folder to make, are for layer checkpoints.
 
     Raises BadInput or CheckpointError for what cannot be converted, naming the tensor or the option.
     """
     folder = resolve_folder(folder)
     if (folder / "config.json").is_file() or not layer_files(folder):
+        if base is not None:
+            raise BadInput(f"{folder} is no layer checkpoint, and only those need --base: leave it out")
         yield open_folder(folder)
         return
     if not allow_pickle:
@@ -101,9 +103,13 @@ def open_source(folder: Path | str, base: Path | str | None, allow_pickle: bool,
     if base is None:
         raise BadInput(f"{folder} holds neither config nor tokenizer: name the original model with --base")
     base = resolve_folder(base)
-    with TemporaryDirectory(prefix=".codegemm-convert-", dir=scratch) as copies:
-        headers = copy_weights(folder, base, Path(copies))
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir()
+    try:
+        headers = copy_weights(folder, base, scratch)
         yield _additive_source("layers", read_config(base), headers, base)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def open_folder(folder: Path) -> Source:

@@ -36,7 +36,10 @@ class FolderWriter:
 
     def __enter__(self) -> FolderWriter:
         shutil.rmtree(self.building, ignore_errors=True)
-        self.building.mkdir(parents=True)
+        try:
+            self.building.mkdir(parents=True)
+        except OSError as error:
+            raise self._not_written(error) from error
         return self
 
     def __exit__(
@@ -44,7 +47,7 @@ class FolderWriter:
     ) -> None:
         shutil.rmtree(self.building, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError) and not isinstance(error, BadInput):
-            raise OSError(f"cannot write {self.out} ({error}): make room or choose another folder") from error
+            raise self._not_written(error) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; a full shard goes to disk."""
@@ -73,6 +76,9 @@ class FolderWriter:
     def publish(self) -> None:
         """Give the finished folder its name."""
         self.building.rename(self.out)
+
+    def _not_written(self, error: BaseException) -> OSError:
+        return OSError(f"cannot write {self.out} ({error}): make room or choose another folder")
 
     def _flush(self) -> None:
         save_file(self._shard, self._file(len(self._shards)), metadata={"format": "pt"})
