@@ -75,9 +75,18 @@ def test_bad_input_in_a_process_of_its_own(run_python: Run) -> None:
         (("generate", "{folder}", "--prompts", "{folder}/bad.jsonl"), ("line 3 of", "not valid JSON")),
         (("generate", "{folder}", "--prompts", "{folder}/odd.jsonl"), ("line 1 of", "called prompt")),
         (("generate", "{folder}", "--prompts", "{folder}/bad.jsonl", "--batch", "0"), ("line 3",)),
+        (("generate", "{folder}", "--prompts", "{folder}/half.jsonl"), ("line 2 of", "not UTF-8 at character 2")),
+        (("generate", "{folder}", "--prompt", "ab\udcff"), ("not UTF-8 at character 3",)),
+        (("generate", "{folder}", "--prompt", "x", "--temperature", "nan"), ("temperature",)),
+        (("generate", "{folder}", "--prompt", "x", "--repetition-penalty", "inf"), ("repetition penalty",)),
+        (("generate", "{folder}", "--prompt", "x", "--seed", "9" * 30), ("seed",)),
+        (("generate", "{folder}", "--prompts", "{folder}/fine.txt", "--out", "{folder}"), ("cannot be written",)),
+        (("generate", "{folder}", "--prompts", "{folder}/fine.txt", "--out", "{folder}/no/x"), ("cannot be written",)),
+        (("generate", "{folder}", "--prompts", "{folder}/fine.txt", "--out", "{folder}/fine.txt"), ("line 1 of",)),
         (("chat", "{folder}"), ("no chat template", "--plain")),
         (("convert", "{folder}", "{folder}"), ("exists",)),
         (("convert", "{folder}", "{folder}/out"), ("is codegemm already",)),
+        (("convert", "{folder}", "{folder}/out", "--base", "{folder}"), ("only those need --base",)),
     ],
 )
 def test_bad_input(
@@ -85,6 +94,8 @@ def test_bad_input(
 ) -> None:
     (folder / "empty.txt").write_text("\n \n")
     (folder / "bad.jsonl").write_text('"one"\n\n{"prompt": ')
+    (folder / "fine.txt").write_text("one\ntwo")
+    (folder / "half.jsonl").write_text('"one"\n"a\\ud800"')
     (folder / "odd.jsonl").write_text('{"text": "one"}')
     status = main([argument.format(folder=folder) for argument in arguments])
     assert_one_sentence(status, *capsys.readouterr(), *parts)
@@ -264,8 +275,42 @@ def test_an_interrupted_run_of_many_prompts_goes_on(
     assert "line 1 of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cut", [1, 40])
+def test_answers_cut_short_are_made_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: int
+) -> None:
+    """A killed run may leave half a line, and a prompt may hold what other tools take for the end of one."""
+    (tmp_path / "in.txt").write_text("a\u2028b\nzwölf\none\none")
+    out = tmp_path / "out.jsonl"
+    options = ["--batch", "2", "--max-new-tokens", "3", "--device", "cpu", "--out", str(out), "--temperature", "2"]
+    arguments = ["generate", str(folder), "--prompts", str(tmp_path / "in.txt"), *options]
+    assert main(arguments) == 0
+    whole = out.read_bytes()
+    two = b"".join(whole.splitlines(keepends=True)[:2])
+    third = whole[len(two) :].splitlines(keepends=True)[0]
+    out.write_bytes(two + third[:cut])
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert last_json(capsys.readouterr().out)["prompts"] == 2
+    assert out.read_bytes() == whole
+    foreign = two + b"other"
+    out.write_bytes(foreign)
+    assert main(arguments) == 2
+    assert out.read_bytes() == foreign
+
+
+def test_answers_into_a_device(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.txt").write_text("one")
+    arguments = ["generate", str(folder), "--prompts", str(tmp_path / "in.txt"), "--max-new-tokens", "2"]
+    assert main([*arguments, "--device", "cpu", "--out", os.devnull]) == 0
+    assert last_json(capsys.readouterr().out)["prompts"] == 1
+
+
 def test_convert(make_checkpoint: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_checkpoint("qwen2", published=True).folder
+    (tmp_path / "file").touch()
+    assert main(["convert", str(source), str(tmp_path / "file" / "ours")]) == 1
+    assert "cannot write" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "ours"), "--dtype", "bfloat16"]) == 0
     stdout, stderr = capsys.readouterr()
     expected = {"from": "published", "to": "codegemm", "scheme": "m2v8g32", "layers": 14, "dense_layers": []}

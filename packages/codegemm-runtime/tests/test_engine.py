@@ -234,6 +234,8 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch: pytest.MonkeyPatch)
         Engine(model, batch=32)
     with pytest.raises(BadInput, match="1 to 32 sequences"):
         Engine(model, batch=33)
+    with pytest.raises(BadInput, match="at least 1 token, not -1"):
+        Engine(model, context=-1)
 
 
 def test_models_that_are_refused(make_checkpoint: Callable[..., Any]) -> None:

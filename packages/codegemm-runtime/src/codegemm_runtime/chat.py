@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from codegemm_kernels.errors import BadInput, NumericalError
-from codegemm_runtime.generation import Generation, Sampling, check_prompt, generate_text
+from codegemm_runtime.generation import Generation, Sampling, check_prompt, check_text, generate_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,9 +45,10 @@ class Chat:
     def answer(self, question: str, write: Callable[[str], object]) -> Generation:
         """Ask and stream the answer; the oldest turns are dropped when the context is full. Ctrl-C ends the answer.
 
-        Raises BadInput when the question alone does not fit, NumericalError for NaN; the conversation is then as
-        before.
+        Raises BadInput when the question is no text or alone does not fit, NumericalError for NaN; the conversation is
+        then as before.
         """
+        check_text(question, "the question")
         before = list(self.messages)
         self.messages.append({"role": "user", "content": question})
         try:

@@ -63,13 +63,13 @@ class Generate:
 
         sampling = Sampling(self.temperature, self.top_p, self.seed, self.top_k, self.repetition_penalty)
         several = [] if self.prompts is None else prompts.read_prompts(self.prompts)
-        rest = several[0 if self.out is None else prompts.count_answered(several, self.out) :]
+        answered = 0 if self.out is None else prompts.count_answered(several, self.out)
         model = load_model(self.model, self.device)
         if prompt is None:
             answers = prompts.continue_prompts(
-                model, tokenizer, rest, self.max_new_tokens, sampling, self.batch, self.stop
+                model, tokenizer, several, self.max_new_tokens, sampling, self.batch, self.stop, answered
             )
-            return prompts.write_answers(answers, len(rest), self.out)
+            return prompts.write_answers(answers, len(several) - answered, self.out)
         generation = generate_text(model, tokenizer, prompt, self.max_new_tokens, sampling, _write, stops=self.stop)
         print(flush=True)
         return generation.summary()

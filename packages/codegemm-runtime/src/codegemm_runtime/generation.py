@@ -112,9 +112,7 @@ def generate_text(
     """
     if max_new_tokens < 1:
         raise BadInput(f"the number of new tokens must be at least 1, not {max_new_tokens}")
-    if isinstance(prompt, str) and not prompt:
-        raise BadInput("the prompt is empty: give at least one character")
-    ids = tokenizer(prompt, return_tensors="pt").input_ids if isinstance(prompt, str) else prompt
+    ids = _ids_of(tokenizer, prompt) if isinstance(prompt, str) else prompt
     check_prompt(model, ids, max_new_tokens)
     sampling = sampling or Sampling()
     stream = _Stream(TextStream(tokenizer, stops), write)
@@ -160,6 +158,23 @@ def context_length(model: PreTrainedModel) -> int | None:
     """Tokens the model was built for, None where its config does not say."""
     length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Token ids [1, length] of a prompt. Raises BadInput for one that is empty or no text."""
+    if not prompt:
+        raise BadInput("the prompt is empty: give at least one character")
+    check_text(prompt, "the prompt")
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    return ids
+
+
+def check_text(text: str, which: str) -> None:
+    """Raise BadInput for half characters, which is what Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{which} is not UTF-8 at character {error.start + 1}: convert it") from error
 
 
 def check_prompt(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> None:

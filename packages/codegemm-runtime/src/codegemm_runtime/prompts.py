@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from codegemm_kernels.errors import BadInput
 from codegemm_runtime.engine.choice import find_engine, request_for
 from codegemm_runtime.engine.text import TextStream
-from codegemm_runtime.generation import Sampling, check_prompt, generation_config
+from codegemm_runtime.generation import Sampling, check_prompt, check_text, generation_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,8 +38,12 @@ def read_prompts(source: str) -> list[str]:
     if not lines:
         raise BadInput(f"{source} holds no prompts: write one a line")
     if not source.endswith(".jsonl"):
-        return [line.removesuffix("\r") for _, line in lines]
-    return [_prompt_of(line, f"line {i} of {source}") for i, line in lines]
+        prompts = [line.removesuffix("\r") for _, line in lines]
+    else:
+        prompts = [_prompt_of(line, f"line {i} of {source}") for i, line in lines]
+    for (i, _), prompt in zip(lines, prompts, strict=True):
+        check_text(prompt, f"line {i} of {source}")
+    return prompts
 
 
 def _prompt_of(line: str, where: str) -> str:
@@ -60,15 +65,16 @@ def continue_prompts(
     sampling: Sampling,
     batch: int,
     stops: Sequence[str] = (),
+    answered: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Continue every prompt, `batch` at a time; yields {"prompt", "text", "tokens"} for each, in order.
 
-    A text ends before the first of the strings `stops`. A prompt that cannot be continued gives {"prompt", "error"}
-    and stops nobody else.
+    The first `answered` are left out. A text ends before the first of the strings `stops`. A prompt that cannot be
+    continued gives {"prompt", "error"} and stops nobody else.
     """
     if batch < 1 or max_new_tokens < 1:
         raise BadInput(f"the batch ({batch}) and the number of new tokens ({max_new_tokens}) must be at least 1")
-    for start in range(0, len(prompts), batch):
+    for start in range(answered, len(prompts), batch):
         part = prompts[start : start + batch]
         results: list[dict[str, Any]] = []
         sound: dict[int, list[int]] = {}
@@ -91,12 +97,30 @@ def continue_prompts(
 
 
 def count_answered(prompts: Sequence[str], out: Path) -> int:
-    """How many of `prompts` an interrupted run has answered in `out`. Raises BadInput for a file of anything else."""
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    for i, line in enumerate(lines):
-        if i >= len(prompts) or _prompt_of(line, f"line {i + 1} of {out}") != prompts[i]:
+    """How many of `prompts` an interrupted run has answered in `out`, from which a line cut short is removed.
+
+    Raises BadInput for a file of anything else and for one that cannot be there.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        raise BadInput(f"{out} cannot be written: name a file in a folder that exists")
+    if not out.is_file():  # not there yet, or a device
+        return 0
+    whole, newline, rest = out.read_bytes().rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
+    starts = [_answer_starts(prompt) for prompt in prompts[: len(lines) + 1]]
+    for i, line in enumerate([*lines, rest] if rest else lines):
+        cut = i == len(lines)
+        if i >= len(starts) or not any(line.startswith(s) or (cut and s.startswith(line)) for s in starts[i]):
             raise BadInput(f"line {i + 1} of {out} is no answer to prompt {i + 1}: choose another --out")
+    if rest:
+        os.truncate(out, len(whole) + len(newline))
     return len(lines)
+
+
+def _answer_starts(prompt: str) -> tuple[bytes, bytes]:
+    """How the line of an answer to `prompt` begins in `write_answers`, with text or with an error."""
+    start = json.dumps({"prompt": prompt}, ensure_ascii=False).removesuffix("}")
+    return f'{start}, "text": '.encode(), f'{start}, "error": '.encode()
 
 
 def write_answers(answers: Iterable[dict[str, Any]], total: int, out: Path | None) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Engine:
     ) -> None:
         """`context` None is the model's own. `int8_cache` halves the cache, at a little less accuracy."""
         self.decoder: Decoder = read_decoder(model)
+        if context is not None and context < 1:
+            raise BadInput(f"the context must hold at least 1 token, not {context}")
         self.context = min(context or self.decoder.context, self.decoder.context)
         if not 1 <= batch <= LARGEST_BATCH:
             raise BadInput(f"the engine runs 1 to {LARGEST_BATCH} sequences at a time, not {batch}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,16 @@ class Sampling:
     """Above 1, tokens that occurred already, in the prompt too, become less likely."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise BadInput(f"the temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top-p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise BadInput(f"top-k must be 0 (all tokens) or more, not {self.top_k}")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise BadInput(f"the repetition penalty must be above 0, not {self.repetition_penalty}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise BadInput(f"the seed must have at most 63 bits, not {self.seed}")
 
     @property
     def kind(self) -> Kind:
