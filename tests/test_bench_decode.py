@@ -42,6 +42,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     for arguments, message in (
         (["--shape", "gpt"], "unknown shape 'gpt'"),
         (["--backends", "x"], "unknown backends in 'x'"),
+        (["--runs", "1"], "--runs must be at least 2"),
+        (["--shape", str(ROOT / "models" / "pylm-4m"), "--context", "2040"], "2112 tokens are wanted"),
     ):
         done = run("--json", str(tmp_path / "x.json"), *arguments)
         assert done.returncode == 2

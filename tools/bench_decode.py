@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from codegemm_kernels.errors import BadInput, run_command
+
 AQLM = ("aqlm-2x8", "aqlm-1x16")
 
 
@@ -62,14 +64,11 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(Bench, description=__doc__)
-    from codegemm_kernels.errors import run_command
-
     sys.exit(run_command(lambda: run(config), debug=config.debug))
 
 
 def run(config: Bench) -> dict[str, Any]:
     """Time everything and write the files; returns the rows."""
-    from codegemm_kernels.errors import BadInput
     from codegemm_runtime.loading import choose_device
     from codegemm_runtime.random_models import SHAPES
 
@@ -79,6 +78,8 @@ def run(config: Bench) -> dict[str, Any]:
         raise BadInput(f"unknown backends in {config.backends!r}: choose from {', '.join(TIMERS)}")
     if config.shape not in SHAPES and not Path(config.shape).is_dir():
         raise BadInput(f"unknown shape {config.shape!r}: choose from {', '.join(SHAPES)} or give a checkpoint folder")
+    if config.runs < 2 or config.tokens < 1:
+        raise BadInput("--runs must be at least 2, for a deviation, and --tokens at least 1")
     device = choose_device(config.device)
     rate = copy_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -96,8 +97,7 @@ def run(config: Bench) -> dict[str, Any]:
                 config.json.write_text(json.dumps(result, indent=1) + "\n")
             del model
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     draw(result["rows"], config.json.with_suffix(".png"))
     return {"rows": result["rows"]}
 
@@ -127,8 +127,6 @@ def build(config: Bench, backend: str, scheme: str, device: torch.device) -> Any
 
 def replace_by_aqlm(model: Any, names: list[str], backend: str) -> None:
     """Swap in the layers of the aqlm package; BadInput where it is not installed."""
-    from codegemm_kernels.errors import BadInput
-
     try:
         from aqlm import QuantizedLinear
     except ImportError as error:
@@ -151,6 +149,8 @@ def time_engine(config: Bench, model: Any, rate: float) -> Any:
     room = max((*config.context, *config.prompt)) + config.tokens + 8
     start = time.perf_counter()
     engine = Engine(model, room, max(config.batch), config.int8_cache)
+    if engine.context < room:
+        raise BadInput(f"{room} tokens are wanted and the model takes {engine.context}: shorten --context or --prompt")
     engine.steps.advance(1, Kind())
     synchronise(model.device)
     ready = time.perf_counter() - start
