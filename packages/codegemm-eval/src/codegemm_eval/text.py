@@ -91,6 +91,8 @@ def _read_file(path: Path) -> str:
             return "\n\n".join(_parquet_rows(path))
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}") from error
     raise BadInput(f"{path} has the suffix {path.suffix!r}: give a file with one of {', '.join(SUFFIXES)}")
 
 
