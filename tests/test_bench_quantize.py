@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from codegemm_kernels import BadInput
+from codegemm_quant.config import EFFORT
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
@@ -65,5 +66,5 @@ def test_a_curve_has_a_point_for_each_scheme(tmp_path):
     assert [row["scheme"] for row in result["rows"]] == list(schemes)
     for row in result["rows"]:
         assert row["gap"] == pytest.approx(math.log(row["perplexity"] / result["dense_perplexity"]))
-        assert row["effort"]["samples"] == 32
+        assert row["effort"]["samples"] == EFFORT["cpu"].samples
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

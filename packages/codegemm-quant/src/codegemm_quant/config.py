@@ -18,8 +18,8 @@ class Effort:
     model_epochs: int
 
 
-EFFORT = {"cuda": Effort(256, 4, 4, 12), "cpu": Effort(32, 1, 0, 1)}
-"""Where nothing else is said: 26 M parameters take about 20 seconds on a GPU and minutes on two cores."""
+EFFORT = {"cuda": Effort(256, 4, 4, 12), "cpu": Effort(64, 2, 0, 2)}
+"""Where nothing else is said: 26 M parameters take about 20 seconds on a GPU and five minutes on two cores."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class QuantizeConfig:
     dry_run: bool = False
     """Only say what the run would make and take: sizes, bits, memory, time."""
     samples: int | None = None
-    """Number of calibration windows; default 256, on a CPU 32."""
+    """Number of calibration windows; default 256, on a CPU 64."""
     sequence_length: int = 1024
     """Tokens in a calibration window."""
     device: str | None = None
@@ -51,7 +51,7 @@ class QuantizeConfig:
     skip: tuple[str, ...] = ()
     """Linear layers to leave dense: patterns of module names, such as '*.down_proj'."""
     rounds: int | None = None
-    """Alternations of least squares and code sweeps for each matrix; default 4, on a CPU 1."""
+    """Alternations of least squares and code sweeps for each matrix; default 4, on a CPU 2."""
     damping: float = 0.01
     """Share of the mean diagonal of H added to its diagonal."""
     tune_epochs: int | None = None
@@ -59,7 +59,7 @@ class QuantizeConfig:
     tune_learning_rate: float = 4e-3
     """Largest step of the block tuning, relative to the size of each parameter."""
     model_epochs: int | None = None
-    """Passes over the windows that tune all blocks together against the dense model; default 12, on a CPU 1."""
+    """Passes over the windows that tune all blocks together against the dense model; default 12, on a CPU 2."""
     model_learning_rate: float = 2e-3
     """Largest step of the whole model's tuning, relative to the size of each parameter."""
 
