@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from codegemm_kernels import CheckpointMetadata
+from codegemm_kernels.model_card import CARD_FILE, write_model_card
 from codegemm_quant.experts import is_fused
 
 
@@ -52,11 +53,26 @@ def export_checkpoint(
         model.save_pretrained(building, state_dict=state)
         tokenizer.save_pretrained(building)
         also(building)
+        source = str(model.config._name_or_path)
+        write_model_card(building, out.name, source, hub_card(source))
         building.replace(out)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {out} ({error}): make room and continue with --resume") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def hub_card(source: str) -> str | None:
+    """The card of a model on the hub, for its licence; None for a folder, without network, or where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    if not source or Path(source).is_dir():
+        return None
+    try:
+        return Path(hf_hub_download(source, CARD_FILE)).read_text(encoding="utf-8", errors="replace")
+    except (OSError, HFValidationError):  # errors of the hub's server and of the network are OSErrors
+        return None
 
 
 def tied_names(model: nn.Module) -> set[str]:

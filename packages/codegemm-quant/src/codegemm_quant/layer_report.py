@@ -7,7 +7,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-REPORT, CHART = "quantization_report.json", "quantization_errors.png"
+from codegemm_kernels.model_card import REPORT_FILE
+
+CHART = "quantization_errors.png"
 
 
 def write_report(
@@ -18,7 +20,7 @@ def write_report(
     blocks: for each block its name, its relative error and, by layer, scheme, bits and relative errors.
     """
     content = summary | {"divergence": divergence, "per_block": blocks}
-    (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n")
     _draw(blocks, folder / CHART)
 
 

@@ -19,6 +19,7 @@ from codegemm_kernels.checkpoint import (
     read_headers,
 )
 from codegemm_kernels.errors import BadInput, CheckpointError
+from codegemm_kernels.model_card import CARD_FILE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,9 +110,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", *COMPANION_FILES], ignore_patterns=["*/*"])
-        )
+        wanted = ["*.safetensors", CARD_FILE, *COMPANION_FILES]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{name} is neither a folder here nor a model that can be downloaded ({reason})") from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codegemm_kernels.errors import BadInput, CheckpointError
+from codegemm_kernels.model_card import write_model_card
 from codegemm_kernels.scheme import CodebookScheme
 from codegemm_runtime.convert import aqlm
 from codegemm_runtime.convert.matrix import PackedMatrix
@@ -53,6 +54,8 @@ def convert_folder(
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         building = writer.finish(config | {"dtype": str(wanted).removeprefix("torch.")} | block)
         _copy_companions(source.companions, building)
+        if to == "codegemm" and source.metadata is not None:
+            write_model_card(building, out.name, str(source.companions))
         _check_written(building, to)
         writer.publish()
     return _summary(source, to, out, writer.total_bytes)
