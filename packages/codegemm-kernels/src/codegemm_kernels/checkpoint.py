@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from codegemm_kernels.errors import BadInput, CheckpointError
 from codegemm_kernels.scheme import CODEBOOK_BITS, CodebookScheme
+from codegemm_kernels.untrusted import MAX_JSON_BYTES, check_config, check_links, parse_entries, read_json
 
 QUANT_METHOD = "codegemm"
 FORMAT_VERSION = 1
@@ -18,6 +18,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PARTS = ("codes", "codebooks", "scales")
 _FLOATS = ("F16", "BF16", "F32")
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,17 @@ class CheckpointMetadata:
         published = config.get("codegemm")
         if not isinstance(published, Mapping):
             return None
-        try:
-            bits = int(published["nbits_per_codebook"])
-            scheme = (int(published["num_codebooks"]), int(published["vec_len"]), int(published["group_size"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the codegemm block of config.json lacks or garbles {error}") from error
+        keys = ("nbits_per_codebook", "num_codebooks", "vec_len", "group_size")
+        wrong = next((key for key in keys if type(published.get(key)) is not int), None)
+        if wrong is not None:
+            raise CheckpointError(f"the codegemm block of config.json lacks or garbles {wrong!r}")
+        bits, *scheme = (published[key] for key in keys)
         if bits != CODEBOOK_BITS:
             raise CheckpointError(f"config.json declares {bits}-bit codes, but only {CODEBOOK_BITS}-bit ones are read")
-        return cls(CodebookScheme(*scheme))
+        try:
+            return cls(CodebookScheme(*scheme))
+        except BadInput as error:
+            raise CheckpointError(f"the codegemm block of config.json is not usable: {error}") from error
 
     @classmethod
     def from_quantization_config(cls, block: Mapping[str, Any]) -> CheckpointMetadata:
@@ -112,40 +116,56 @@ class CheckpointMetadata:
             raise CheckpointError(
                 f"config.json has format_version {version}, this release reads {FORMAT_VERSION}: upgrade it"
             )
+        dense = block.get("modules_to_not_convert") or []
+        if not isinstance(dense, list | tuple) or not all(isinstance(name, str) for name in dense):
+            raise CheckpointError(
+                "modules_to_not_convert in the quantization_config of config.json is no list of names"
+            )
         try:
             return cls(
                 CodebookScheme.parse(block["scheme"]),
-                {name: CodebookScheme.parse(text) for name, text in block.get("layers", {}).items()},
-                tuple(block.get("modules_to_not_convert") or ()),
+                {name: CodebookScheme.parse(text) for name, text in (block.get("layers") or {}).items()},
+                tuple(dense),
             )
         except (KeyError, TypeError, AttributeError, BadInput) as error:
             raise CheckpointError(f"the quantization_config of config.json is not usable: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder. Raises CheckpointError when there is none or it is no JSON object."""
+    """config.json of a checkpoint folder. Raises CheckpointError when there is none or it is no JSON object.
+
+    Also for what nobody should load: see `untrusted`, and an adapter, which transformers would load unasked.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: give a checkpoint folder with config.json and safetensors files")
+    check_links(folder)
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
+    check_config(config, path)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the model (adapter_config.json): move it to a folder of its own"
+        )
     return config
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, through its index when it is sharded. Raises CheckpointError."""
+    check_links(folder)
     index = folder / INDEX_FILE
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({error!r})") from error
+        outside = next((name for name in names if not isinstance(name, str) or not _FILE_NAME.fullmatch(name)), None)
+        if outside is not None:
+            raise CheckpointError(f"{index} names {outside!r}, which is no file of its folder: get the index again")
         files = [folder / name for name in names]
     else:
         files = [folder / SINGLE_FILE]
@@ -168,23 +188,21 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
 
 def _read_header(file: Path) -> dict[str, TensorHeader]:
     size = file.stat().st_size
+    if size < 8:
+        raise CheckpointError(f"{file} is cut short or no safetensors file: download or write it again")
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size - 8, MAX_JSON_BYTES):
+            raise CheckpointError(f"{file} is cut short or no safetensors file: download or write it again")
+        text = stream.read(length)
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise CheckpointError(f"{file} is cut short or no safetensors file: download or write it again")
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        headers = {
-            name: TensorHeader(e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], file)
-            for name, e in entries.items()
-        }
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file ({error!r})") from error
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file} holds {size} bytes where its header needs {8 + length + end}: it is cut short")
-    return headers
+        entries = parse_entries(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not a safetensors file ({error})") from error
+    needed = 8 + length + sum(nbytes for _, _, nbytes in entries.values())
+    if needed != size:
+        raise CheckpointError(f"{file} holds {size} bytes where its header needs {needed}: it is cut short")
+    return {name: TensorHeader(dtype, shape, nbytes, file) for name, (dtype, shape, nbytes) in entries.items()}
 
 
 def quantized_names(headers: Mapping[str, TensorHeader]) -> list[str]:

@@ -12,7 +12,7 @@ CODEBOOK_ENTRIES = 1 << CODEBOOK_BITS
 CODES_PER_WORD = 4
 MAX_CODEBOOKS = 4
 VECTOR_LENGTHS = (4, 8, 16)
-_PATTERN = re.compile(r"m(?P<m>\d+)v(?P<v>\d+)(?:b(?P<b>\d+))?g(?P<g>-1|\d+)")
+_PATTERN = re.compile(r"m(?P<m>[0-9]{1,9})v(?P<v>[0-9]{1,9})(?:b(?P<b>[0-9]{1,9}))?g(?P<g>-1|[0-9]{1,9})")
 
 
 @dataclass(frozen=True)
