@@ -163,9 +163,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
             names = sorted(set(read_json(index)["weight_map"].values()))
         except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({error!r})") from error
-        outside = next((name for name in names if not isinstance(name, str) or not _FILE_NAME.fullmatch(name)), None)
-        if outside is not None:
-            raise CheckpointError(f"{index} names {outside!r}, which is no file of its folder: get the index again")
+        for name in names:
+            if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+                raise CheckpointError(f"{index} names {name!r}, which is no file of its folder: get the index again")
         files = [folder / name for name in names]
     else:
         files = [folder / SINGLE_FILE]

@@ -42,7 +42,9 @@ def run_command(command: Callable[[], Mapping[str, Any] | None], *, debug: bool 
         if debug:
             traceback.print_exc()
         kind = "" if isinstance(error, BadInput | NumericalError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        sentence = " ".join(str(error).split())  # with names from files, which may hold commands to a terminal
+        told = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence)
+        print(f"error: {kind}{told}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     if result is not None:
         print(json.dumps(result), flush=True)

@@ -35,7 +35,7 @@ class CodebookScheme:
             raise BadInput(f"scheme {self}: the number of codebooks must be 1 to {MAX_CODEBOOKS}")
         if self.vector_length not in VECTOR_LENGTHS:
             raise BadInput(f"scheme {self}: the vector length must be one of {VECTOR_LENGTHS}")
-        if self.group_size != -1 and (self.group_size < 1 or self.group_size % self.vector_length):
+        if self.group_size != -1 and (not 1 <= self.group_size < 10**9 or self.group_size % self.vector_length):
             raise BadInput(f"scheme {self}: the group size must be -1 or a multiple of {self.vector_length}")
 
     @classmethod

@@ -68,7 +68,9 @@ def parse_entries(text: bytes) -> dict[str, tuple[str, tuple[int, ...], int]]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError("its __metadata__ are no strings")
     entries, ranges = {}, []
     for name, entry in header.items():
         if not _TENSOR_NAME.fullmatch(name):
@@ -99,7 +101,7 @@ def _fields(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int
         raise ValueError(f"{name} has no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"{name} has the unknown dtype {str(dtype)[:80]}")
+        raise ValueError(f"{name} has the unknown dtype {str(dtype)[:80]!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has a shape or offsets that are no lists of sizes")
     return dtype, tuple(shape), (offsets[0], offsets[1])
