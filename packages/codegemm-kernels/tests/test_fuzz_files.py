@@ -18,7 +18,6 @@ from codegemm_kernels import BadInput, CheckpointError, CheckpointMetadata, Code
 from codegemm_kernels.checkpoint import (
     check_layer,
     checkpoint_files,
-    quantized_names,
     read_config,
     read_headers,
 )
@@ -69,7 +68,7 @@ def check_header(file: Path) -> bool:
         assert file.name in str(error)
         assert str(error).isprintable()
         return False
-    for name, header in headers.items():
+    for header in headers.values():
         assert header.nbytes * 8 == math.prod(header.shape) * DTYPE_BITS[header.dtype]
     with safe_open(file, framework="np") as opened:
         assert set(opened.keys()) == headers.keys()
