@@ -2,13 +2,14 @@
 PYTHON ?= python3
 KERNELS := packages/codegemm-kernels
 SOURCES := $(CURDIR)/$(KERNELS)/src:$(CURDIR)/packages/codegemm-runtime/src:$(CURDIR)/packages/codegemm-quant/src:$(CURDIR)/packages/codegemm-eval/src
+CIBUILDWHEEL := uv tool run cibuildwheel==4.3.3 --platform linux --archs x86_64
 COMPILED = $(shell git ls-files '$(KERNELS)/*.h' '$(KERNELS)/*.cpp' '$(KERNELS)/*.cu' '$(KERNELS)/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test quickstart wheels clean inplace
+.PHONY: help setup lint format typecheck test quickstart wheels wheels-check wheels-manylinux clean inplace
 
 help:  ## List the targets
-	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
 
 setup:  ## Create the virtual environment with all four packages
 	uv sync --locked
@@ -32,11 +33,19 @@ test:  ## Run all tests
 quickstart:  ## Quantise the bundled model and compare it with the dense one
 	uv run tools/quickstart.py
 
-wheels:  ## Build the four wheels into dist/
-	uv build --all-packages --wheel --out-dir dist
+wheels:  ## Build everything a release publishes into dist/: source archives and wheels, for three Pythons
+	uv run --script tools/build_wheels.py
+
+wheels-check:  ## Look at every file of dist/, install as every kind of user and follow the quick starts
+	CODEGEMM_DIST=dist uv run --no-sync pytest tests/test_wheels.py --timeout=1800
+
+wheels-manylinux:  ## Like wheels, with the kernels built by cibuildwheel in containers (docker or podman)
+	uv run --script tools/build_wheels.py --python
+	$(CIBUILDWHEEL) --output-dir dist dist/codegemm_kernels-*.tar.gz
+	CIBW_ENVIRONMENT="CODEGEMM_CUDA=OFF" $(CIBUILDWHEEL) --output-dir dist/cpu build/wheels/cpu/codegemm_kernels-*
 
 clean:  ## Remove what was built; the virtual environment stays
-	rm -rf dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis packages/*/build
+	rm -rf dist build runs .mypy_cache .ruff_cache .pytest_cache .hypothesis packages/*/build
 	find packages tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 inplace:  ## Build the compiled module into the source tree with what PYTHON has (no network), and print the PYTHONPATH

@@ -1,19 +1,10 @@
-"""The whole road in miniature: quickstart as a user runs it, then its checkpoint with only the two runtime wheels."""
+"""The whole road in miniature: quickstart as a user runs it. tests/test_wheels.py goes on with its checkpoint."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codegemm_eval.score import evaluate_folder
 from codegemm_kernels import BadInput
@@ -34,17 +25,6 @@ KEYS = {
     "sample",
     "checkpoint",
 }
-NOT_OF_THE_RUNTIME = ("codegemm", "_codegemm", "__editable__", "datasets", "lm_eval", "matplotlib", "pyarrow")
-PROMPT = "import os\n\n\ndef "
-
-
-@pytest.fixture(scope="module")
-def continuation(road):
-    """What the quantised model says in this process, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(road["checkpoint"], dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(road["checkpoint"])
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    return model.generate(**prompt, max_new_tokens=8, do_sample=False)[0].tolist()
 
 
 def test_quickstart_reports_what_it_did(road):
@@ -105,61 +85,3 @@ def test_bad_input_is_one_sentence(quickstart, arguments, message, tmp_path):
     assert done.stdout == ""
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-
-
-def test_runtime_wheels_alone_load_and_generate(road, continuation, tmp_path):
-    python = venv_of_wheels(tmp_path)
-    script = f"""
-import importlib.util, json, torch
-assert not any(importlib.util.find_spec(f"codegemm_{{name}}") for name in ("quant", "eval"))
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({road["checkpoint"]!r}, dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained({road["checkpoint"]!r})
-import codegemm_kernels
-assert codegemm_kernels.__file__.startswith({str(tmp_path)!r}), codegemm_kernels.__file__
-names = {{type(module).__name__ for module in model.model.layers.modules()}}
-kinds = sorted(name for name in names if "Linear" in name)
-out = model.generate(**tokenizer({PROMPT!r}, return_tensors="pt"), max_new_tokens=8, do_sample=False)
-print(json.dumps([kinds, out[0].tolist()]))
-"""
-    done = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    kinds, tokens = json.loads(done.stdout.splitlines()[-1])
-    assert kinds == ["CodebookLinear"]
-    assert tokens == continuation
-
-    command = [python.parent / "codegemm-runtime", "generate", road["checkpoint"], "--prompt", PROMPT]
-    options = ["--max-new-tokens", "8", "--device", "cpu"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def venv_of_wheels(folder: Path) -> Path:
-    """A virtual environment with the two wheels, freshly built for the CPU, beside the third-party packages of this
-    one; nothing of quant and eval is in it. Returns its python."""
-    uv = shutil.which("uv")
-    assert uv is not None, "the tests are run by uv"
-    environment = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | {"CODEGEMM_CUDA": "OFF"}
-
-    def run(*command: str | Path) -> None:
-        done = subprocess.run(
-            [uv, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-
-    for package in ("codegemm-kernels", "codegemm-runtime"):
-        run("build", "--package", package, "--wheel", "--out-dir", folder / "dist")
-    for wheel in (folder / "dist").glob("*.whl"):
-        inside = {
-            name.rpartition("/")[2] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name
-        }
-        assert inside == {"LICENSE", "NOTICE"}, wheel.name
-    run("venv", "--python", sys.executable, folder / "venv")
-    python = folder / "venv" / "bin" / "python"
-    run("pip", "install", "--python", python, "--no-deps", *sorted((folder / "dist").glob("*.whl")))
-    site = next((folder / "venv" / "lib").glob("python3*/site-packages"))
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        ours = entry.name.startswith(NOT_OF_THE_RUNTIME) or entry.suffix == ".pth"
-        if not ours and not (site / entry.name).exists():
-            (site / entry.name).symlink_to(entry)
-    return python
