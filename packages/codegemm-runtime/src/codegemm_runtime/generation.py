@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation.streamers import BaseStreamer
 
 from codegemm_kernels.errors import BadInput, NumericalError
-from codegemm_runtime.engine.choice import find_engine, request_for
+from codegemm_runtime.engine.choice import find_engine, request_for, turn_of
 from codegemm_runtime.engine.sampling import Sampling as Sampling
 from codegemm_runtime.engine.text import TextStream
 
@@ -121,23 +121,8 @@ def generate_text(
     start = time.perf_counter()
     interrupted = False
     try:
-        engine = find_engine(model, ids.shape[1] + max_new_tokens)
-        if engine is not None:
-            stream.put(ids)
-            for step in engine.generate(ids.tolist(), request_for(model, sampling, max_new_tokens)):
-                stream.put(torch.tensor([token for _, token in step]))
-                if stream.stopped():
-                    break
-            stream.end()
-        else:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=generation_config(model, sampling, max_new_tokens),
-                streamer=stream,
-                logits_processor=LogitsProcessorList([_FirstStepCheck()]),
-                stopping_criteria=StoppingCriteriaList([stream.stopped]),
-            )
+        with turn_of(model):
+            _stream(model, ids, max_new_tokens, sampling, stream)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise BadInput(
@@ -152,6 +137,29 @@ def generate_text(
     seconds = time.perf_counter() - start
     first = float("nan") if stream.first_at is None else stream.first_at - start
     return Generation(stream.text.text, len(stream.tokens), seconds, first, interrupted)
+
+
+def _stream(
+    model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, sampling: Sampling, stream: _Stream
+) -> None:
+    """Put the prompt ids [1, length] and the new tokens into a stream, by the engine or else by transformers."""
+    engine = find_engine(model, ids.shape[1] + max_new_tokens)
+    if engine is None:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=generation_config(model, sampling, max_new_tokens),
+            streamer=stream,
+            logits_processor=LogitsProcessorList([_FirstStepCheck()]),
+            stopping_criteria=StoppingCriteriaList([stream.stopped]),
+        )
+        return
+    stream.put(ids)
+    for step in engine.generate(ids.tolist(), request_for(model, sampling, max_new_tokens)):
+        stream.put(torch.tensor([token for _, token in step]))
+        if stream.stopped():
+            break
+    stream.end()
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -179,13 +187,16 @@ def check_text(text: str, which: str) -> None:
 
 def check_prompt(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> None:
     """Raise BadInput unless ids [1, length] are tokens of the model and fit its context together with the answer."""
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise BadInput(f"the prompt is {ids.dtype} {list(ids.shape)}, but must be integers [1, length]")
     length = ids.shape[1]
     if length == 0:
         raise BadInput("the prompt has no tokens: give some text")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= vocabulary:
+    wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+    if not 0 <= wrong < vocabulary:
         raise BadInput(
-            f"the prompt has the token {int(ids.max())}, but the model knows {vocabulary}: "
+            f"the prompt has the token {wrong}, but the model knows {vocabulary}: "
             "the tokenizer belongs to another model"
         )
     context = context_length(model)

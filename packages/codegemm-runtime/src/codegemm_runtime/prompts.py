@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codegemm_kernels.errors import BadInput
-from codegemm_runtime.engine.choice import find_engine, request_for
+from codegemm_kernels.untrusted import parse_json
+from codegemm_runtime.engine.choice import find_engine, request_for, turn_of
 from codegemm_runtime.engine.text import TextStream
 from codegemm_runtime.generation import Sampling, check_prompt, check_text, generation_config
 
@@ -48,8 +49,8 @@ def read_prompts(source: str) -> list[str]:
 
 def _prompt_of(line: str, where: str) -> str:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise BadInput(f"{where} is not valid JSON ({error})") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
@@ -89,7 +90,8 @@ def continue_prompts(
         # Another seed for each batch: equal prompts of two batches would get equal answers.
         varied = replace(sampling, seed=sampling.seed + start)
         streams = [TextStream(tokenizer, stops) for _ in sound]
-        counts = _continue(model, list(sound.values()), max_new_tokens, varied, streams) if sound else []
+        with turn_of(model):
+            counts = _continue(model, list(sound.values()), max_new_tokens, varied, streams) if sound else []
         for i, stream, count in zip(sound, streams, counts, strict=True):
             stream.finish()
             results[i] |= {"text": stream.text, "tokens": count}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -23,6 +24,12 @@ _KNOWN_SETTINGS = frozenset(
 )
 _engines: WeakKeyDictionary[PreTrainedModel, tuple[Engine, int]] = WeakKeyDictionary()
 _refused: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+
+
+def turn_of(model: PreTrainedModel) -> threading.RLock:
+    """A lock to hold while generating: the engine kept for a model makes one request at a time."""
+    return _turns.setdefault(model, threading.RLock())
 
 
 def find_engine(model: PreTrainedModel, context: int, batch: int = 1) -> Engine | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,8 +51,9 @@ class Engine:
     """Generates with one model. Sequences of a batch may have prompts of different lengths.
 
     `batch` sequences of up to `context` tokens, prompt included, are in flight at most; more wait for their turn. On a
-    GPU a step is one captured graph a batch size, made at first use. Raises Unsupported (see `decoder`) for a model it
-    cannot run, BadInput where memory will not do.
+    GPU a step is one captured graph a batch size, made at first use. One request at a time: a new one ends the one
+    before, whose stream then raises. Raises Unsupported (see `decoder`) for a model it cannot run, BadInput where
+    memory will not do.
     """
 
     def __init__(
@@ -69,18 +72,23 @@ class Engine:
         self.sampler = Sampler(self.decoder, self.batch)
         self.steps = Steps(self.decoder, self.cache, self.sampler)
         self._stopped: set[int] = set()
+        self._request: Request | None = None
+        self._lock = threading.Lock()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], request: Request) -> Iterator[list[tuple[int, int]]]:
         """Continue token lists; yields the (sequence, token) pairs of one step at a time, on a GPU a step late.
 
-        Sequence i * request.sequences + j is the j-th of prompt i. `stop` ends one early. Raises BadInput for an empty
-        prompt, one that does not fit or a token that is none; NumericalError for NaN in the first logits; after either
-        the engine takes the next request.
+        Sequence i * request.sequences + j is the j-th of prompt i. `stop` ends one early, closing the iterator all.
+        Raises BadInput for an empty prompt, one that does not fit or a token that is none; NumericalError for NaN in
+        the first logits; RuntimeError when another request has begun meanwhile. The engine then takes the next request.
         """
         self._check(prompts, request)
-        self._stopped.clear()
-        self.sampler.begin(request.sampling)
+        request = replace(request)  # an object of its own, to tell this request from another that is equal
+        with self._lock:
+            self._request = request
+            self._stopped.clear()
+            self.sampler.begin(request.sampling)
         try:
             waiting = [i for i in range(len(prompts)) for _ in range(request.sequences)]
             for start in range(0, len(waiting), self.batch):
@@ -106,14 +114,17 @@ class Engine:
             which = "the prompt" if len(prompts) == 1 else f"prompt {i + 1}"
             if not prompt:
                 raise BadInput(f"{which} has no tokens: give some text")
+            if not all(isinstance(token, Integral) for token in prompt):
+                raise BadInput(f"{which} holds something else than token numbers: give a list of integers")
             if len(prompt) + request.max_new_tokens > self.context:
                 raise BadInput(
                     f"{which} has {len(prompt)} tokens and {request.max_new_tokens} new ones are wanted, but the "
                     f"context holds {self.context}: shorten the prompt or ask for fewer tokens"
                 )
-            if min(prompt) < 0 or max(prompt) >= self.decoder.vocabulary:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            if not 0 <= wrong < self.decoder.vocabulary:
                 raise BadInput(
-                    f"{which} has the token {max(prompt)}, but the model knows {self.decoder.vocabulary}: "
+                    f"{which} has the token {wrong}, but the model knows {self.decoder.vocabulary}: "
                     "the tokenizer belongs to another model"
                 )
 
@@ -123,7 +134,7 @@ class Engine:
         """Sequences (number, prompt) that are in flight together, from prefill to the last token."""
         batch = bucket(len(members))
         kind = request.sampling.kind
-        with self._on_device():
+        with self._turn(request):
             self._begin(members, prompts, batch, kind)
             pending: deque[Tokens] = deque([Tokens(self.steps.tokens[:batch])])
         alive = {slot: sequence for slot, (sequence, _) in enumerate(members)}
@@ -131,7 +142,7 @@ class Engine:
         while alive:
             # The next step is under way before the last one's tokens are read: the GPU never waits for Python.
             if launched < request.max_new_tokens:
-                with self._on_device():
+                with self._turn(request):
                     self.steps.advance(batch, kind)
                     pending.append(Tokens(self.steps.tokens[:batch]))
                 launched += 1
@@ -157,10 +168,17 @@ class Engine:
             )
         self.steps.feed(self.sampler.choose(logits, kind))
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Make the model's GPU the current one, which is where Triton launches; not across a yield to the caller."""
+    @contextmanager
+    def _turn(self, request: Request) -> Iterator[None]:
+        """Keep other threads off the cache, and make the model's GPU current, which is where Triton launches.
+
+        Not across a yield to the caller. Raises RuntimeError when `request` is no longer the one that is run.
+        """
         device = self.decoder.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if self._request is not request:
+                raise RuntimeError("another request was begun on this engine: finish one first, or make two engines")
+            yield
 
     def _chunk(self, length: int) -> int:
         """Tokens of a prompt read at a time."""
