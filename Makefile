@@ -6,7 +6,7 @@ CIBUILDWHEEL := uv tool run cibuildwheel==4.3.3 --platform linux --archs x86_64
 COMPILED = $(shell git ls-files '$(KERNELS)/*.h' '$(KERNELS)/*.cpp' '$(KERNELS)/*.cu' '$(KERNELS)/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format typecheck test quickstart vllm-check wheels wheels-check wheels-manylinux clean inplace
+.PHONY: help setup lint format typecheck test docs quickstart vllm-check wheels wheels-check wheels-manylinux clean inplace
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -29,6 +29,9 @@ typecheck:  ## mypy in strict mode
 
 test:  ## Run all tests
 	uv run pytest
+
+docs:  ## Build the documentation site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 uv run --isolated --locked --only-group docs mkdocs build --strict --quiet
 
 quickstart:  ## Quantise the bundled model and compare it with the dense one
 	uv run tools/quickstart.py

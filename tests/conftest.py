@@ -39,6 +39,11 @@ def reproduce_tool() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def results_page() -> ModuleType:
+    return load_tool("results_page")
+
+
+@pytest.fixture(scope="session")
 def quickstart() -> Callable[..., subprocess.CompletedProcess[str]]:
     """tools/quickstart.py as a user runs it, on so little text that it takes seconds."""
 
