@@ -27,7 +27,7 @@ def weight_of(shard: MatrixShard, tensors: dict[str, Tensor]) -> Tensor:
     return weight
 
 
-@pytest.mark.parametrize("text", ["m2v8g32", "m1v4g-1", "m3v4g16", "m1v16g64"])
+@pytest.mark.parametrize("text", ["m2v8g32", "m1v4g-1", "m1v4g256", "m3v4g16", "m1v16g64"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_shares_are_slices_of_the_matrix(text: str, ranks: int) -> None:
     scheme, size = CodebookScheme.parse(text), (24, 256)

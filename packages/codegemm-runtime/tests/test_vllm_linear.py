@@ -169,8 +169,8 @@ def test_neighbouring_ranks_share_the_heads_of_k_and_v(
 def test_cuts_inside_a_group_name_the_tensor(vllm: SimpleNamespace, make_checkpoint: Callable[..., Any]) -> None:
     checkpoint = make_checkpoint("llama", "m2v8g64")
     config = quantization(vllm, checkpoint)
-    with pytest.raises(BadInput, match=rf"{ATTENTION}\.o_proj\.scales cannot be shared: 64 inputs would be cut at 32"):
-        run_layer(config, checkpoint.tensors, f"{ATTENTION}.o_proj", torch.randn(1, 64), 1, 2)
+    with pytest.raises(BadInput, match=rf"{MLP}\.down_proj\.scales cannot be shared: 128 inputs would be cut at 32"):
+        run_layer(config, checkpoint.tensors, f"{MLP}.down_proj", torch.randn(1, 128), 1, 4)
 
 
 def test_a_compiled_layer_has_no_graph_break(vllm: SimpleNamespace, make_checkpoint: Callable[..., Any]) -> None:

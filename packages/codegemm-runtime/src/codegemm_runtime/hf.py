@@ -103,6 +103,12 @@ class CodeGemmQuantizer(HfQuantizer):
         from codegemm_runtime.replace import replace_linears
         from codegemm_runtime.verification import match_layers
 
+        parallel = getattr(model.config, "distributed_config", None)
+        if parallel is not None and (parallel.tp_size or 1) > 1:
+            raise BadInput(
+                "transformers cannot cut codes for tensor parallelism: use "
+                "codegemm_runtime.tensor_parallel.load_tensor_parallel, vLLM, or device_map"
+            )
         files = [Path(file) for file in checkpoint_files or []]
         foreign = next((file for file in files if file.suffix != ".safetensors"), None)
         if not files or foreign is not None:

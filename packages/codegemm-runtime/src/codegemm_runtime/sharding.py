@@ -35,7 +35,7 @@ class MatrixShard:
         for border in self.columns:
             if border % word:
                 self._refuse("codes", border, f"a packed word of {word} weights")
-            if group != -1 and border % group:
+            if self._groups > 1 and border % group:
                 self._refuse("scales", border, f"a scale group of {group} weights")
 
     @classmethod
@@ -70,6 +70,11 @@ class MatrixShard:
         return cls(name, scheme, *size, ((0, size[0]),), (rank * share, (rank + 1) * share))
 
     @property
+    def _groups(self) -> int:
+        """Scales of a row; a single one holds for any part of it."""
+        return self.scheme.num_groups(self.in_features)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs of this rank."""
         return sum(last - first for first, last in self.rows), self.columns[1] - self.columns[0]
@@ -91,7 +96,7 @@ class MatrixShard:
         if part == "codes":
             word = CODES_PER_WORD * self.scheme.vector_length
             tensor = tensor[:, self.columns[0] // word : self.columns[1] // word]
-        elif self.scheme.group_size != -1:
+        elif self._groups > 1:
             tensor = tensor[self.columns[0] // self.scheme.group_size : self.columns[1] // self.scheme.group_size]
         ranges = [tensor[..., first:last] for first, last in self.rows]
         return ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=-1)
