@@ -208,10 +208,10 @@ def compiled_module(wheel: Path, folder: Path) -> Path:
 
 def gpu_code(module: Path, what: str) -> list[str]:
     """Architectures of a kind of GPU code in a module."""
-    find = "import nvidia.cu13 as cu; print(*cu.__path__, sep='/bin:', end='/bin')"
-    tool = ("run", "--no-project", "--with", "nvidia-cuda-cuobjdump==13.0.*")
-    path = uv(*tool, "python", "-c", find)
-    listed = uv(*tool, "env", f"PATH={path}:/usr/bin:/bin", "cuobjdump", what, module)
+    dump = (
+        "import subprocess, sys, nvidia.cu13 as cu; subprocess.run([cu.__path__[0] + '/bin/cuobjdump', *sys.argv[1:]])"
+    )
+    listed = uv("run", "--no-project", "--with", "nvidia-cuda-cuobjdump==13.4.*", "python", "-c", dump, what, module)
     return sorted(set(re.findall(r"\bsm_\d+", listed)))
 
 
