@@ -105,7 +105,7 @@ def test_dtype_casts_floats_and_leaves_codes(make_checkpoint: Callable[..., Any]
     model = load(checkpoint.folder, dtype=dtype)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert {p.dtype for name, p in model.named_parameters() if not name.endswith(".codes")} == {wanted}
-    codes = {name: p for name, p in model.named_parameters() if name.endswith(".codes")}
+    codes = {name: p for name, p in model.state_dict().items() if name.endswith(".codes")}
     assert all(torch.equal(p, checkpoint.tensors[name]) for name, p in codes.items())
     assert relative_error(model(ids).logits, checkpoint.dense(ids).logits) < 0.05
 

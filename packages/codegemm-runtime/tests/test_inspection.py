@@ -132,3 +132,20 @@ def test_layers_of_the_general_kernels_are_named(
     assert {row.slow for row in found.layers} == {reason}
     assert found.table().count("general: ") == (14 if reason else 0)
     assert found.summary()["general_kernels"] == (dict.fromkeys(checkpoint.layers, reason) if reason else {})
+
+
+def test_checksums_are_compared(make_checkpoint: Callable[..., Any]) -> None:
+    """Kept ones, and only by --verify: a flipped bit of a code changes no shape and makes no NaN."""
+    from codegemm_kernels.checksums import write_checksums
+
+    checkpoint = make_checkpoint("qwen2", shards=2)
+    write_checksums(checkpoint.folder)
+    sound = inspect_folder(checkpoint.folder, verify=True)
+    assert (sound.problems, sound.verified, sound.summary()["checksums"]) == ([], True, True)
+    assert "its files are those of its checksums" in sound.table()
+    checkpoint.tensors["model.layers.1.mlp.up_proj.codes"][0, 0, 0] ^= 1
+    checkpoint.write(shards=2)
+    assert inspect_folder(checkpoint.folder).problems == []
+    damaged = inspect_folder(checkpoint.folder, verify=True)
+    assert not damaged.verified
+    assert ["is not the file whose checksum is in SHA256SUMS" in problem for problem in damaged.problems] == [True]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from codegemm_kernels import CheckpointMetadata
+from codegemm_kernels.checksums import write_checksums
 from codegemm_kernels.model_card import CARD_FILE, write_model_card
 from codegemm_quant.experts import is_fused
 
@@ -55,6 +56,7 @@ def export_checkpoint(
         also(building)
         source = str(model.config._name_or_path)
         write_model_card(building, out.name, source, hub_card(source))
+        write_checksums(building)
         building.replace(out)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {out} ({error}): make room and continue with --resume") from error

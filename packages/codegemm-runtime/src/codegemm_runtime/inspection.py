@@ -21,6 +21,7 @@ from codegemm_kernels.checkpoint import (
     read_config,
     read_headers,
 )
+from codegemm_kernels.checksums import checksum_problems
 from codegemm_kernels.errors import BadInput
 from codegemm_kernels.scheme import CODES_PER_WORD, CodebookScheme
 from codegemm_runtime.loading import build_on_meta, model_config, resolve_folder
@@ -61,7 +62,9 @@ class Inspection:
     total_bytes: int = 0
     kernels: str = ""
     verified: bool = False
-    """Whether every number stored was read and is finite."""
+    """Whether every number stored was read and is finite, and the files are those of the checksums if there are any."""
+    checksums: bool = False
+    """Whether the folder keeps checksums and they were compared."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +98,7 @@ class Inspection:
             "kernels": self.kernels,
             "general_kernels": {row.name: row.slow for row in self.layers if row.slow},
             "verified": self.verified,
+            "checksums": self.checksums,
             "problems": self.problems,
         }
 
@@ -121,6 +125,7 @@ class Inspection:
             f"kernels  {self.kernels}",
         ]
         sound = "this folder loads" + (" and every number in it is finite" if self.verified else "")
+        sound += "; its files are those of its checksums" if self.verified and self.checksums else ""
         lines += [f"problem  {problem}" for problem in self.problems] or [f"problem  none: {sound}"]
         return "\n".join(lines)
 
@@ -128,7 +133,7 @@ class Inspection:
 def inspect_folder(folder: Path | str, verify: bool = False) -> Inspection:
     """Inspect a checkpoint folder or hub model. Broken folders give problems, not errors.
 
-    No weight is read, unless `verify` has every float looked at.
+    No weight is read, unless `verify` has every float looked at and checksums compared, where the folder keeps any.
     """
     found = Inspection(str(folder), kernels=kernel_path())
     with _noting(found):
@@ -151,6 +156,10 @@ def inspect_folder(folder: Path | str, verify: bool = False) -> Inspection:
             found.problems += _load_problems(folder, metadata, headers)
         if verify:
             found.problems += _value_problems(headers)
+            with _noting(found):
+                differing = checksum_problems(folder)
+                found.checksums = differing is not None
+                found.problems += differing or []
             found.verified = not found.problems
     return found
 

@@ -18,6 +18,7 @@ from codegemm_kernels.checkpoint import (
     read_config,
     read_headers,
 )
+from codegemm_kernels.checksums import SUMS_FILE
 from codegemm_kernels.errors import BadInput, CheckpointError
 from codegemm_kernels.model_card import CARD_FILE
 
@@ -110,7 +111,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.safetensors", CARD_FILE, *COMPANION_FILES]
+        wanted = ["*.safetensors", CARD_FILE, SUMS_FILE, *COMPANION_FILES]
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
+_OLD_BUFFERS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""Tensors that older releases of transformers stored and newer ones compute."""
 
 
 def match_layers(
@@ -57,7 +59,8 @@ def match_tensors(model: PreTrainedModel, headers: Mapping[str, TensorHeader], c
     """Everything wrong between the stored tensors and a model whose quantised layers are in place, a sentence each.
 
     Parameters need a stored tensor of their shape and kind of dtype, tied ones one of the group. Buffers may be
-    missing, since modules compute theirs. Extra tensors matter only where they belong to a layer that would drop them.
+    missing, since modules compute theirs. A quantised model has no tensor without a place in it; in a dense one, extra
+    tensors matter only where they belong to a layer that would drop them.
     """
     targets = _targets(model, headers, conversions)
     state = model.state_dict()
@@ -152,6 +155,10 @@ def _unused(model: PreTrainedModel, key: str, target: str) -> list[str]:
     if leaf in PARTS and isinstance(module, nn.Linear):
         lacking = f"{owner}.codes is missing" if leaf != "codes" else "the layer cannot be loaded"
         return [f"{key} would be ignored: {lacking}"]
+    quantised = any(isinstance(each, CodebookLinear) for each in model.modules())
+    computed = module is not None and leaf in dict(module.named_buffers(recurse=False))
+    if quantised and not computed and not _OLD_BUFFERS.search(key):
+        return [f"{key} has no place in a {type(model).__name__}"]
     return []
 
 

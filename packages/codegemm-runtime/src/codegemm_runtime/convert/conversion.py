@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from codegemm_kernels.checksums import write_checksums
 from codegemm_kernels.errors import BadInput, CheckpointError
 from codegemm_kernels.model_card import write_model_card
 from codegemm_kernels.scheme import CodebookScheme
@@ -57,6 +58,7 @@ def convert_folder(
         if to == "codegemm" and source.metadata is not None:
             write_model_card(building, out.name, str(source.companions))
         _check_written(building, to)
+        write_checksums(building)
         writer.publish()
     return _summary(source, to, out, writer.total_bytes)
 
