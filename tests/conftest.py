@@ -39,6 +39,11 @@ def reproduce_tool() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def read_docs() -> ModuleType:
+    return load_tool("read_docs")
+
+
+@pytest.fixture(scope="session")
 def results_page() -> ModuleType:
     return load_tool("results_page")
 

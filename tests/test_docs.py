@@ -1,165 +1,75 @@
-"""The documentation is executed: every fenced block of commands or Python, page by page, in one folder.
-
-What a reader types in the root of a checkout runs here in a folder with the same `models` and `tools`. Blocks run in
-order; a page that goes on with what another has made says `<!-- continues PAGE -->`, and that page is run before it.
-The comment `<!-- not run: REASON -->` before a block is the only way to leave it out.
-"""
+"""The documentation does what it says: tools/read_docs.py runs its blocks, and what it quotes is still there."""
 
 from __future__ import annotations
 
 import ast
-import doctest
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for path in (ROOT / "docs").glob("*.md"))
-EXECUTED = ("bash", "python", "pycon")
-SHOWN = ("json", "text", "cpp", "toml")
-"""Languages of blocks that hold no command."""
+DOCS = ROOT / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 COMMAND = re.compile(
     r"\s*(\$ |uv |pip |python3? |torchrun |make |curl |hf |vllm |transformers |lm_eval "
     r"|codegemm-(quant|runtime|eval) [a-z]+ [\w/-])"
 )
-FENCE = re.compile(r" *```(\w*)\s*")
-LEFT_OUT = re.compile(r" *<!-- not run: (\S.*\S) -->")
-CONTINUES = re.compile(r"<!-- continues (\S+\.md) -->")
-TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
-
-
-@dataclass
-class Block:
-    """A fenced block and where it stands."""
-
-    page: str
-    line: int
-    language: str
-    left_out: str | None
-    """Why it is not run."""
-    lines: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join(f"{line}\n" for line in self.lines)
-
-    @property
-    def place(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    """Fenced blocks of a page, in order. A fence inside a list keeps its indentation out of the block."""
-    inside: Block | None = None
-    before = ""
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        fence = FENCE.fullmatch(line)
-        if inside is None and fence:
-            reason = LEFT_OUT.fullmatch(before)
-            inside = Block(page.name, number, fence[1], reason and reason[1])
-            indent = len(line) - len(line.lstrip())
-        elif inside is not None and fence:
-            yield inside
-            inside = None
-        elif inside is not None:
-            inside.lines.append(line[indent:])
-        before = line
-
-
-class Walk:
-    """A reader who works through pages in one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.done: set[str] = set()
-        for name in ("models", "tools"):
-            (folder / name).symlink_to(ROOT / name)
-
-    def read(self, name: str) -> int:
-        """Run a page, after the one that it continues; returns how many blocks were run now."""
-        page = ROOT / "docs" / name
-        if earlier := CONTINUES.search(page.read_text(encoding="utf-8")):
-            self.read(earlier[1])
-        if name in self.done:
-            return 0
-        self.done.add(name)
-        names: dict[str, Any] = {"__name__": "__main__"}
-        executed = [block for block in blocks(page) if block.language in EXECUTED and not block.left_out]
-        for block in executed:
-            getattr(self, f"_{block.language}")(block, names)
-        return len(executed)
-
-    def _bash(self, block: Block, _names: dict[str, Any]) -> None:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        # One thread: on a busy machine the threads of such small products wait for each other, 33 s become 220 s.
-        environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.text],
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, f"{block.place} ended with status {done.returncode}:\n{done.stderr[-3000:]}"
-        assert "Traceback" not in done.stderr, f"{block.place}:\n{done.stderr[-3000:]}"
-
-    def _python(self, block: Block, names: dict[str, Any]) -> None:
-        exec(compile("\n" * block.line + block.text, f"docs/{block.page}", "exec"), names)
-
-    def _pycon(self, block: Block, names: dict[str, Any]) -> None:
-        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        example = doctest.DocTestParser().get_doctest(block.text, names, block.place, block.page, block.line)
-        assert example.examples, f"{block.place} has no >>> line"
-        runner = doctest.DocTestRunner(optionflags=flags)
-        told: list[str] = []
-        runner.run(example, out=told.append, clear_globs=False)
-        assert not runner.summarize(verbose=False).failed, f"{block.place}:\n{''.join(told)}"
-        names.update(example.globs)
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
 
 
 @pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    return Walk(tmp_path_factory.mktemp("reader"))
+def outcome(read_docs, request, tmp_path_factory):
+    """For each page that is asked for what went wrong; two pages at a time."""
+    asked = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_blocks_run"]
+    runnable = {page.name for page in read_docs.executed_pages()}
+    pages = tuple(name for name in asked if name in runnable)
+    return dict.fromkeys(asked, "") | read_docs.read_pages(pages, tmp_path_factory.mktemp("reader"), jobs=2)
 
 
-@pytest.mark.parametrize("name", [page.name for page in PAGES if any(b.language in EXECUTED for b in blocks(page))])
-def test_blocks_run(name, walk, monkeypatch):
-    monkeypatch.chdir(walk.folder)
-    walk.read(name)
-    assert name in walk.done
+@pytest.mark.parametrize("name", PAGES)
+def test_blocks_run(name, outcome):
+    assert not outcome[name], outcome[name][-4000:]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_command_hides_from_execution(page):
+def test_a_failure_is_seen(read_docs, tmp_path, monkeypatch):
+    monkeypatch.setattr(read_docs, "DOCS", tmp_path)
+    (tmp_path / "page.md").write_text("```python\nx = 1\n```\n\n```pycon\n>>> x\n2\n```\n")
+    with pytest.raises(AssertionError, match="Expected:\n    2\nGot:\n    1"):
+        read_docs.read_page("page.md", tmp_path)
+    (tmp_path / "page.md").write_text("<!-- not run: it fails -->\n```bash\nfalse\n```\n\n```bash\nfalse | cat\n```\n")
+    with pytest.raises(read_docs.subprocess.CalledProcessError):
+        read_docs.read_page("page.md", tmp_path)
+    (tmp_path / "page.md").write_text("\n\n```python\nnothing\n```\n")
+    with pytest.raises(NameError) as caught:
+        read_docs.read_page("page.md", tmp_path)
+    assert caught.traceback[-1].lineno == 3
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_command_hides_from_execution(name, read_docs):
     """Blocks say what they are, and nothing that looks like a command stands in a block that is not executed."""
     fenced: set[int] = set()
-    for block in blocks(page):
-        assert block.language in (*EXECUTED, *SHOWN), f"{block.place}: a block of {block.language or 'no language'}"
+    for block in read_docs.blocks(DOCS / name):
+        place = f"{name}:{block.line}"
+        assert block.language in (*read_docs.EXECUTED, *read_docs.SHOWN), f"{place}: {block.language or 'no language'}"
         fenced |= set(range(block.line, block.line + len(block.lines) + 2))
-        if block.language in SHOWN:
-            assert not any(COMMAND.match(line) for line in block.lines), f"{block.place} shows a command"
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        indented = line.startswith("    ") and number not in fenced
-        assert not (indented and COMMAND.match(line)), f"{page.name}:{number} has a command outside of a fenced block"
-        marker = "<!-- not run" in line and number not in fenced
-        assert not marker or (LEFT_OUT.fullmatch(line) and number + 1 in fenced), f"{page.name}:{number}: marker astray"
+        if block.language in read_docs.SHOWN:
+            assert not any(COMMAND.match(line) for line in block.lines), f"{place} shows a command"
+    for number, line in enumerate((DOCS / name).read_text(encoding="utf-8").splitlines(), 1):
+        if number not in fenced:
+            hidden = line.startswith("    ") and COMMAND.match(line)
+            assert not hidden, f"{name}:{number} has a command outside of a fenced block"
+            marked = read_docs.LEFT_OUT.fullmatch(line) and number + 1 in fenced
+            assert marked or "<!-- not run" not in line, f"{name}:{number}: a marker before no block"
 
 
-def test_most_blocks_are_run():
+def test_most_blocks_are_run(read_docs):
     """Those on the results page say how something was measured, on other machines."""
-    pages = [page for page in PAGES if page.name != "results.md"]
-    every = [block for page in pages for block in blocks(page) if block.language in EXECUTED]
-    assert sum(block.left_out is None for block in every) > 0.6 * len(every)
+    pages = [DOCS / name for name in PAGES if name != "results.md"]
+    every = [block for page in pages for block in read_docs.blocks(page) if block.language in read_docs.EXECUTED]
+    assert sum(block.executed for block in every) > 0.6 * len(every)
 
 
 def messages(tree: ast.AST) -> Iterator[str]:
