@@ -61,6 +61,11 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "norm of integers": (change("model.norm.weight", lambda t: t.int()), r"model.norm.weight in .* is I32"),
     "bias without a place": (add(f"{DOWN}.bias", torch.zeros(64)), rf"{DOWN}.bias would be ignored"),
     "weight beside codes": (add(f"{DOWN}.weight", torch.zeros(64, 128)), rf"{DOWN}.weight would be ignored"),
+    "a stranger": (
+        add("model.layers.0.mlp.router.weight", torch.zeros(4)),
+        r"router.weight has no place in a Qwen2For",
+    ),
+    "a stranger outside": (add("extra", torch.zeros(4)), r"extra has no place in a Qwen2ForCausalLM"),
     "layer too many": (
         lambda checkpoint: checkpoint.tensors.update(
             {k.replace("layers.1", "layers.2"): v.clone() for k, v in checkpoint.tensors.items() if f"{Q}." in k}
@@ -85,6 +90,25 @@ def test_faulty_tensors(make_checkpoint: Callable[..., Any], fault: str) -> None
     with pytest.raises(CheckpointError, match=message):
         load_model(checkpoint.folder, "cpu")
     assert any(re.search(message, problem) for problem in inspect_folder(checkpoint.folder).problems)
+
+
+def test_buffers_that_transformers_used_to_store_are_no_strangers(make_checkpoint: Callable[..., Any]) -> None:
+    checkpoint = make_checkpoint("qwen2")
+    checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    checkpoint.tensors["model.rotary_emb.inv_freq"] = torch.ones(8)
+    checkpoint.write()
+    assert inspect_folder(checkpoint.folder).problems == []
+
+
+@pytest.mark.parametrize("part", ["codebooks", "scales"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(make_checkpoint: Callable[..., Any], part: str, value: float) -> None:
+    checkpoint = make_checkpoint("qwen2", shards=2)
+    checkpoint.tensors[f"{DOWN}.{part}"].view(-1)[-1] = value
+    checkpoint.write(shards=2)
+    for load in (AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(CheckpointError, match=rf"{DOWN}\.{part} in model-0000[12]-of-.* holds NaN or inf"):
+            load(checkpoint.folder)
 
 
 def truncate(checkpoint: Any) -> None:

@@ -84,7 +84,7 @@ class CodeGemmQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._metadata = quantization_config.metadata()
         self._model: PreTrainedModel | None = None
-        self._headers: dict[str, TensorHeader] | None = None
+        self._headers: dict[str, TensorHeader] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -133,15 +133,15 @@ class CodeGemmQuantizer(HfQuantizer):
         """Check every stored tensor, now that the list of conversions transformers loads with is known."""
         from codegemm_runtime.verification import match_tensors
 
-        if self._model is not None and self._headers is not None:
+        if self._model is not None:
             raise_problems(match_tensors(self._model, self._headers, weight_conversions), self._headers)
-            self._model = self._headers = None
+            self._model = None
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from codegemm_runtime.linear import CodebookLinear
 
-        if self._headers is not None:
+        if self._model is not None:
             raise RuntimeError("this transformers did not ask for weight conversions, so no tensor was checked")
         for module in model.modules():
             if isinstance(module, CodebookLinear):
@@ -153,6 +153,7 @@ class CodeGemmQuantizer(HfQuantizer):
             kept = in_fp32 and re.search(in_fp32, name)
             if parameter.dtype != wanted and parameter.device.type != "meta" and not kept:
                 parameter.data = parameter.data.to(wanted)
+        raise_problems(_not_finite(model, self._headers), self._headers)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -174,6 +175,24 @@ class CodeGemmQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The ops are registered with shapes and dtypes, so torch.compile sees no graph break."""
         return True
+
+
+def _not_finite(model: PreTrainedModel, headers: dict[str, TensorHeader]) -> list[str]:
+    """Codebooks and scales that hold NaN or inf. Those that stay on disk are not looked at."""
+    from codegemm_runtime.linear import CodebookLinear
+
+    problems = []
+    for layer, module in model.named_modules():
+        if not isinstance(module, CodebookLinear):
+            continue
+        for part in ("codebooks", "scales"):
+            tensor: torch.Tensor = getattr(module, part)
+            if tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
+                name = f"{layer}.{part}"
+                # Stored names may have a prefix that the model's lack, or the other way round.
+                files = (header.file for key, header in headers.items() if key.endswith(name) or name.endswith(key))
+                problems.append(f"{name} in {next(files, Path('its file')).name} holds NaN or inf")
+    return problems
 
 
 def raise_problems(problems: list[str], headers: dict[str, TensorHeader]) -> None:
