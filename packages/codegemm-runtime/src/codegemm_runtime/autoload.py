@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -50,7 +51,9 @@ class _RegistryWatcher(MetaPathFinder):
             execute(module)
             self.register_if_ready()
 
-        loader.exec_module = execute_and_register
+        # A loader that takes no attributes is left alone: a later import from transformers registers.
+        with suppress(AttributeError):
+            loader.exec_module = execute_and_register
 
     def register_if_ready(self) -> None:
         """Register once the registry has run to its end. Never raises."""
