@@ -61,7 +61,7 @@ wheels-check:  ## Look at every file of dist/, install as every kind of user and
 wheels-manylinux:  ## Like wheels, with the kernels built by cibuildwheel in containers (docker or podman)
 	uv run --script tools/build_wheels.py --python
 	$(CIBUILDWHEEL) --output-dir dist dist/codegemm_kernels-*.tar.gz
-	CIBW_ENVIRONMENT="CODEGEMM_CUDA=OFF" $(CIBUILDWHEEL) --output-dir dist/cpu build/wheels/cpu/codegemm_kernels-*
+	CIBW_ENVIRONMENT="CODEGEMM_CUDA=OFF" $(CIBUILDWHEEL) --output-dir dist/cpu build/wheels/cpu/codegemm_kernels-*.tar.gz
 
 clean:  ## Remove what was built; the virtual environment stays
 	rm -rf dist build runs .mypy_cache .ruff_cache .pytest_cache .hypothesis packages/*/build

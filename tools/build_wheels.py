@@ -112,6 +112,7 @@ class Builder:
             if text.count(line) != 1:
                 sys.exit(f"error: {project} should have one line {line!r}, to be labelled +cpu")
             project.write_text(text.replace(line, f'version = "{self.version}+cpu"\n'))
+            self.run("build", "--sdist", source, "--out-dir", folder)  # what `make wheels-manylinux` builds from
         return source
 
     def kernels(self, variant: Variant, source: Path, python: str) -> None:
@@ -168,10 +169,15 @@ def run(*command: str | Path, **environment: str) -> None:
 
 def write_report(path: Path, built: dict[str, dict[str, Any]]) -> None:
     """The results and the machine they were built on, as JSON."""
-    files = json.loads(path.read_text())["files"] if path.exists() else {}
-    nvcc, compiler = first_line("nvcc", "--version", find="release"), first_line("c++", "--version")
-    machine = {"cores": os.cpu_count(), "libc": "-".join(platform.libc_ver()), "compiler": compiler, "nvcc": nvcc}
-    report = {"command": "make wheels", "machine": machine, "files": dict(sorted((files | built).items()))}
+    earlier = json.loads(path.read_text())["files"] if path.exists() else []
+    known = {entry.pop("file"): entry for entry in earlier} | built
+    compiler, nvcc = first_line("c++", "--version"), first_line("nvcc", "--version", find="release")
+    machine = [f"{os.cpu_count()} cores", " ".join(platform.libc_ver()), compiler, nvcc]
+    report = {
+        "command": f"uv run --script tools/build_wheels.py --report {path}",
+        "machine": ", ".join(filter(None, machine)),
+        "files": [{"file": name} | known[name] for name in sorted(known)],
+    }
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
