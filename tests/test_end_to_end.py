@@ -8,6 +8,7 @@ import pytest
 
 from codegemm_eval.score import evaluate_folder
 from codegemm_kernels import BadInput
+from codegemm_runtime import inspect_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 VALIDATION = ROOT / "models" / "pylm-4m" / "validation.txt"
@@ -48,6 +49,11 @@ def test_its_perplexity_is_that_of_the_folder(road):
     again = evaluate_folder(road["checkpoint"], str(VALIDATION), window=128, windows=8, device="cpu")
     assert again.perplexity == pytest.approx(road["ppl_quantized"], rel=1e-3)
     assert again.tokens == 8 * 127
+
+
+def test_its_files_are_those_of_its_checksums(road):
+    found = inspect_folder(road["checkpoint"], verify=True)
+    assert (found.problems, found.verified, found.checksums) == ([], True, True)
 
 
 def test_a_foreign_folder_is_never_replaced(quickstart_tool, tmp_path):
