@@ -20,11 +20,13 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and step else []
+        # A kill or a full disk may have left half a line, and the next one may come before all is written again.
+        lines = path.read_text().split("\n")[:-1] if path.exists() and step else []
         self.records: list[dict[str, Any]] = [record for line in lines if (record := json.loads(line))["step"] <= step]
-        self._file = path.open("w")
-        for record in self.records:
-            print(json.dumps(record), file=self._file, flush=True)
+        rewritten = folder / ".metrics.jsonl.partial"
+        rewritten.write_text("".join(f"{json.dumps(record)}\n" for record in self.records))
+        rewritten.replace(path)
+        self._file = path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, record: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -55,9 +56,20 @@ class StateStore:
         return max(self.folder.glob("state-*[0-9]"), default=None)
 
     def save(self, step: int, tensors: Rows, progress: dict[str, Any]) -> None:
-        """Write the state after `step` steps; all processes take part."""
+        """Write the state after `step` steps; all processes take part. OSError where there is no room."""
         final = self.folder / f"state-{step:08}"
         building = final.with_name(f".{final.name}.partial")
+        try:
+            self._save(final, building, tensors, {"step": step, **progress})
+            return
+        except OSError as error:
+            cause: BaseException = error
+        except CheckpointException as error:  # which is no Exception, and its text is a traceback
+            cause = next(iter(error.failures.values()))[0]
+        shutil.rmtree(building, ignore_errors=True)
+        raise OSError(f"cannot write {final} ({cause}): make room and continue with --resume") from cause
+
+    def _save(self, final: Path, building: Path, tensors: Rows, progress: dict[str, Any]) -> None:
         if self.processes.leads:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
@@ -65,7 +77,7 @@ class StateStore:
         with _no_advice():
             save(self._joined(tensors), checkpoint_id=building, no_dist=self.processes.size == 1)
         if self.processes.leads:
-            (building / PROGRESS_FILE).write_text(json.dumps({"step": step, **progress}, indent=2))
+            (building / PROGRESS_FILE).write_text(json.dumps(progress, indent=2))
             before = [path for path in self.folder.glob("state-*[0-9]") if path != final]
             shutil.rmtree(final, ignore_errors=True)
             building.replace(final)

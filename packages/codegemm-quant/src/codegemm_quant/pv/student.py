@@ -124,7 +124,7 @@ def load_student(folder: Path, processes: Processes, *, gradient_checkpointing: 
         local_rows(parameter.data).copy_(_read(headers[name], name, (rows,)))
         others[name] = parameter
     model.config.dtype = _stored_dtype(headers, names)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return Student(folder, model, tokenizer, learner, metadata, matrices, others)
 
 
@@ -167,7 +167,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for block in ("quantization_config", "codegemm"):
         if hasattr(config, block):
             delattr(config, block)
