@@ -49,6 +49,8 @@ def test_what_it_cannot_time_is_refused(tool):
         tool.bench(tool.Bench("gpt"))
     with pytest.raises(BadInput, match="multiple of 8"):
         tool.bench(tool.Bench("tiny", windows=9))
+    with pytest.raises(BadInput, match="no multiple of the group size"):
+        tool.bench(tool.Bench("tiny", scheme="m1v4g128"))
 
 
 def test_a_curve_has_a_point_for_each_scheme(tmp_path):
@@ -61,9 +63,11 @@ def test_a_curve_has_a_point_for_each_scheme(tmp_path):
     AutoTokenizer.from_pretrained(bundled).save_pretrained(tmp_path / "tiny")
     path, schemes = tmp_path / "curve.json", ("m1v8g-1", "m1v4g-1")
     tool = load("quantize_curve")
-    result = tool.curve(tool.Curve(str(tmp_path / "tiny"), str(text), str(text), path, schemes, 32, 32, 8, "cpu"))
+    result = tool.curve(
+        tool.Curve(str(tmp_path / "tiny"), str(text), str(text), path, schemes, 32, 32, 8, "cpu", (7.9,))
+    )
     assert json.loads(path.read_text()) == result
-    assert [row["scheme"] for row in result["rows"]] == list(schemes)
+    assert [row["scheme"] for row in result["rows"]] == [*schemes, "mixed"]
     for row in result["rows"]:
         assert row["gap"] == pytest.approx(math.log(row["perplexity"] / result["dense_perplexity"]))
         assert row["effort"]["samples"] == EFFORT["cpu"].samples

@@ -2,7 +2,7 @@
 
 Weights are random and activations synthetic: hidden states whose features are correlated, with a spectrum that falls
 like a power, and for the quantised stream the same with noise. So times and memory are those of the real model, errors
-are not.
+are not. Under torchrun each process has a share of every batch of windows.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def main() -> None:
     sys.exit(run_command(lambda: bench(command), debug=command.debug))
 
 
-def bench(command: Bench) -> dict[str, Any]:
-    """Quantise the blocks; returns what is written to the file."""
+def bench(command: Bench) -> dict[str, Any] | None:
+    """Quantise the blocks; returns what is written to the file, None in all processes but the first."""
     from codegemm_kernels import BadInput, CodebookScheme
     from codegemm_quant.block_fit import BlockPlan
     from codegemm_quant.fit import FitPlan
     from codegemm_quant.loading import choose_device
-    from codegemm_quant.parallel import ALONE
+    from codegemm_quant.parallel import team_of_environment
     from codegemm_quant.stage_clock import StageClock
 
     if command.shape not in SHAPES:
@@ -97,33 +97,43 @@ def bench(command: Bench) -> dict[str, Any]:
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     clock = StageClock(device)
     fit = FitPlan(CodebookScheme.parse(command.scheme), command.rounds, 0.01, torch.bfloat16)
-    plan = BlockPlan(fit, {}, command.tune_epochs, 4e-3, compute, ALONE, clock)
-    reports, started = [], time.perf_counter()
-    for index in range(command.blocks):
-        dense, streams = synthetic_block(command, device, compute, clock, index)
-        if index == 0:
-            started = time.perf_counter()  # making activations up is no part of quantising
-            clock.seconds.clear()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-        reports.append(one_block(dense, streams, plan, index))
-        print(f"block {index}: error {reports[-1]['error']:.4f}", file=sys.stderr)
-    seconds = time.perf_counter() - started - clock.seconds.pop("activations", 0.0)
+    for width in (SHAPES[command.shape]["hidden_size"], SHAPES[command.shape]["intermediate_size"]):
+        fit.scheme.check_matrix(width, width)
+    with team_of_environment(device) as team:
+        if BATCH % team.size:
+            raise BadInput(f"batches of {BATCH} windows cannot be shared by {team.size} processes: use 2, 4 or 8")
+        plan = BlockPlan(fit, {}, command.tune_epochs, 4e-3, compute, team, clock)
+        reports, started = [], time.perf_counter()
+        for index in range(command.blocks):
+            dense, streams = synthetic_block(command, plan, device, index)
+            if index == 0:
+                team.wait()
+                started = time.perf_counter()  # making activations up is no part of quantising
+                clock.seconds.clear()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+            reports.append(one_block(dense, streams, plan, index))
+            print(f"block {index}: error {reports[-1]['error']:.4f}", file=sys.stderr)
+        seconds = time.perf_counter() - started - clock.seconds.pop("activations", 0.0)
+        peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+        peaks = team.join(torch.tensor([peak], device=device), team.size).tolist()
     result = {
+        "command": " ".join(sys.argv),
         "shape": command.shape,
         "scheme": command.scheme,
         "blocks": command.blocks,
         "tokens": command.windows * command.length,
+        "processes": team.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "seconds_per_block": seconds / command.blocks,
         "stages": {stage: spent / command.blocks for stage, spent in clock.seconds.items()},
-        "peak_gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0,
+        "peak_gpu_gb": max(peaks),
         "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "reports": reports,
     }
-    if command.json is not None:
+    if command.json is not None and team.leads:
         command.json.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return result if team.leads else None
 
 
 def one_block(dense: Any, streams: Any, plan: Any, index: int) -> dict[str, Any]:
@@ -157,9 +167,7 @@ def one_block(dense: Any, streams: Any, plan: Any, index: int) -> dict[str, Any]
 
 
 @torch.no_grad()
-def synthetic_block(
-    command: Bench, device: torch.device, compute: torch.dtype, clock: Any, index: int
-) -> tuple[Any, Any]:
+def synthetic_block(command: Bench, plan: Any, device: torch.device, index: int) -> tuple[Any, Any]:
     """A random dense block and what it is called with: hidden states of both streams, no targets yet."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -168,14 +176,14 @@ def synthetic_block(
     from codegemm_quant.frame import ModelFrame, place
     from codegemm_quant.hidden_states import HiddenStates
 
-    with clock("activations"):
+    with plan.clock("activations"):
         config = LlamaConfig(**SHAPES[command.shape], num_hidden_layers=1, vocab_size=256)
         torch.manual_seed(index)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=plan.compute).eval()
         prefix, blocks = find_blocks(model)
-        frame = ModelFrame(model, prefix, blocks, device, compute)
-        call = frame.calls(torch.zeros(BATCH, command.length, dtype=torch.long))[0]
+        frame = ModelFrame(model, prefix, blocks, device, plan.compute)
+        call = frame.calls(torch.zeros(BATCH // plan.team.size, command.length, dtype=torch.long))[0]
         frame.close()
         width = config.hidden_size
         sizes = torch.arange(1, width + 1, device=device) ** -DECAY
@@ -184,10 +192,11 @@ def synthetic_block(
         dense_inputs = HiddenStates(device, offload=command.offload)
         for _ in range(command.windows // BATCH):
             dense: Tensor = torch.randn(BATCH, command.length, width, device=device) @ mix
-            inputs.append((dense + NOISE * torch.randn_like(dense) * dense.std()).to(compute))
-            dense_inputs.append(dense.to(compute))
+            noisy = dense + NOISE * torch.randn_like(dense) * dense.std()
+            inputs.append(plan.team.own(noisy).to(plan.compute))
+            dense_inputs.append(plan.team.own(dense).to(plan.compute))
         block = blocks[0].requires_grad_(False)
-        place(block, device, compute)
+        place(block, device, plan.compute)
         return block, Streams(call, inputs, dense_inputs, dense_inputs)
 
 

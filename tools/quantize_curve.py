@@ -33,6 +33,8 @@ class Curve:
     """How many such windows."""
     device: str | None = None
     """Default: the first GPU, or else the CPU."""
+    bits: tuple[float, ...] = (2.25,)
+    """Budgets of bits a weight for which schemes are chosen layer by layer."""
     debug: bool = False
     """Show the traceback of a failure."""
 
@@ -57,16 +59,18 @@ def curve(command: Curve) -> dict[str, Any]:
         return float(evaluate_folder(folder, command.validation, **measure).perplexity)
 
     dense, rows = perplexity(command.model), []
-    result: dict[str, Any] = {"model": Path(command.model).name, "dense_perplexity": dense, "rows": rows}
-    for scheme in command.schemes:
+    result: dict[str, Any] = {"command": " ".join(sys.argv), "model": Path(command.model).name}
+    result |= {"dense_perplexity": dense, "rows": rows}
+    ways: list[dict[str, Any]] = [{"scheme": scheme} for scheme in command.schemes]
+    for way in [*ways, *({"bits": bits} for bits in command.bits)]:
         with tempfile.TemporaryDirectory() as folder:
             config = QuantizeConfig(
                 model=command.model,
                 data=command.data,
                 out=f"{folder}/quantised",
-                scheme=scheme,
                 sequence_length=command.sequence_length,
                 device=command.device,
+                **way,
             )
             report = quantize(config)
             quantised = perplexity(config.out)
@@ -85,9 +89,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     rows = sorted(result["rows"], key=lambda row: row["bits_per_weight"])
     axes.plot([row["bits_per_weight"] for row in rows], [row["gap"] for row in rows], "o")
-    for row in rows:
-        place = (row["bits_per_weight"], row["gap"])
-        axes.annotate(row["scheme"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for number, row in enumerate(rows):
+        place, above = (row["bits_per_weight"], row["gap"]), number % 2 == 0
+        beside = {"xytext": (4, 4) if above else (-4, -4), "ha": "left" if above else "right"}
+        axes.annotate(row["scheme"], place, textcoords="offset points", va="center", fontsize=8, **beside)
+    axes.margins(x=0.15)
     axes.set_yscale("log")
     axes.set_xlabel("stored bits a weight")
     axes.set_ylabel("ln(perplexity / dense perplexity)")

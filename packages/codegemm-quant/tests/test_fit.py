@@ -144,3 +144,12 @@ def test_an_expert_that_no_token_reached_is_fitted_as_it_is(problem):
     result = fit(weight, torch.zeros_like(hessian))
     assert result.damping == 1.0
     assert relative_error(weight, torch.eye(64), result.weight.dequantize()) < 0.3
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 6, 8, 16])
+def test_expanded_codebooks_are_sums_of_entries(length):
+    generator = torch.Generator().manual_seed(0)
+    books = torch.randn(2, 256, length, generator=generator)
+    codes = torch.randint(256, (5, 7, 2), generator=generator, dtype=torch.int32)
+    expected = books[0][codes[:, :, 0].long()] + books[1][codes[:, :, 1].long()]
+    assert torch.equal(expand_codebooks(codes, books), expected.view(5, -1))

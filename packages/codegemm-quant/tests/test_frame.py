@@ -42,7 +42,7 @@ def test_only_the_frame_is_cast_and_not_its_buffers():
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert blocks[0].mlp.up_proj.weight.dtype == torch.float32
-    hidden = frame.inputs(torch.zeros(1, 4, dtype=torch.long)).requires_grad_(True)
+    hidden = frame.inputs(torch.zeros(1, 4, dtype=torch.long)).detach().requires_grad_(True)
     frame.logits(hidden).float().square().mean().backward()
     assert hidden.grad.abs().sum() > 0
     frame.close()

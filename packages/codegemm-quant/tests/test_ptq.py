@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from codegemm_kernels import BadInput, CheckpointMetadata, CodebookScheme, NumericalError, reference
 from codegemm_kernels.checkpoint import check_layer, checkpoint_files, quantized_names, read_config, read_headers
@@ -77,6 +77,23 @@ def test_a_checkpoint_is_ready_and_whole(config):
         expected = dense(tokens).logits.float()
         actual = dequantised_model(folder, config.model)(tokens).logits.float()
     assert (actual - expected).norm() < 0.4 * expected.norm()
+
+
+def test_the_ends_of_the_model_are_tuned_with_it(config):
+    """Embedding and last norm, on other versions of the windows too; without tuning they stay as they are."""
+    sharp = AutoConfig.from_pretrained(config.model, initializer_range=0.2)  # predictions that are not all alike
+    AutoModelForCausalLM.from_config(sharp, dtype=torch.bfloat16).save_pretrained(config.model)
+    report = quantize(replace(config, samples=64, model_epochs=4))
+    assert report["stages"]["model tuning"] > 0
+    told = json.loads((Path(config.out) / "quantization_report.json").read_text())
+    assert told["divergence"]["after"] < told["divergence"]["before"]
+    untuned = replace(config, model_epochs=0, out=f"{config.out}-untuned")
+    quantize(untuned)
+    ends = ("model.embed_tokens.weight", "model.norm.weight")
+    dense = load_file(Path(config.model) / "model.safetensors")
+    for folder, same in ((config.out, False), (untuned.out, True)):
+        stored = load_file(Path(folder) / "model.safetensors")
+        assert [torch.equal(stored[name], dense[name]) for name in ends] == [same, same]
 
 
 def test_biases_are_kept(config, tiny_model):

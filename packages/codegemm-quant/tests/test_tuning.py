@@ -10,7 +10,7 @@ from codegemm_quant.blocks import BlockCall
 from codegemm_quant.fitted_linear import FittedLinear
 from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.kmeans import initialise
-from codegemm_quant.tuning import TunePlan, tune_block
+from codegemm_quant.tuning import TunePlan, tune, tune_block
 
 CALL = BlockCall((), {})
 
@@ -61,6 +61,20 @@ def test_tuning_moves_the_output_towards_the_target_and_leaves_codes_alone():
     assert result.after < 0.7 * result.before
     assert len(losses) == 3 * 18
     assert torch.equal(linear.codes, codes)
+
+
+def test_every_pass_is_over_the_next_version_and_what_is_held_out_is_of_the_first():
+    _, linear = fitted()
+    fetched = []
+
+    def fetch(order):
+        fetched.append(list(order))
+        return ((torch.full((1, 64), float(i)),) for i in order)
+
+    tune(nn.Sequential(linear), 17, fetch, lambda x: linear(x).square().mean(), plan(epochs=3, versions=2))
+    held_out, training = [0, 16], list(range(1, 16))
+    passes = [sorted(order) for order in fetched]
+    assert passes == [held_out, training, held_out, [17 + i for i in training], held_out, training, held_out]
 
 
 def test_a_block_never_gets_worse_on_what_is_held_out():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from codegemm_quant.blocks import BlockCall, Reached
 
@@ -27,6 +29,7 @@ class ModelFrame:
         model.set_submodule(prefix, nn.ModuleList(self._stand_ins))
         self._before = [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
         place(model, device, dtype)
+        self._dense: dict[str, Tensor] | None = None
 
     def close(self) -> None:
         """Put the blocks back, and everything else where it was."""
@@ -34,13 +37,28 @@ class ModelFrame:
             tensor.data = data
         self._model.set_submodule(self._prefix, self._blocks)
 
-    @torch.no_grad()
+    def train(self) -> nn.Module:
+        """Make the frame's parameters (embedding, last norm, head) trainable in fp32; returns a module of them alone.
+
+        What they are now is kept for `dense_logits`.
+        """
+        self._dense = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        module: nn.Module = self._model
+        return module
+
+    def stored_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The frame's parameters by full name, on the CPU."""
+        return {name: parameter.detach().to("cpu", dtype) for name, parameter in self._model.named_parameters()}
+
     def inputs(self, tokens: Tensor) -> Tensor:
-        """The hidden states that reach the first block."""
+        """The hidden states that reach the first block; gradients pass."""
         self._run(tokens, None, stop=self._stand_ins[0])
         seen = self._stand_ins[0].seen
         assert seen is not None
-        return seen.detach()
+        return seen
 
     @torch.no_grad()
     def calls(self, tokens: Tensor) -> list[BlockCall]:
@@ -58,11 +76,21 @@ class ModelFrame:
         output: Tensor = self._run(tokens, hidden, stop=None).logits
         return output
 
-    def _run(self, tokens: Tensor, answer: Tensor | None, *, stop: _StandIn | None) -> Any:
+    @torch.no_grad()
+    def dense_logits(self, hidden: Tensor) -> Tensor:
+        """The same by the parameters from before `train`."""
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self._device)
+        output: Tensor = self._run(tokens, hidden, stop=None, parameters=self._dense or {}).logits
+        return output
+
+    def _run(
+        self, tokens: Tensor, answer: Tensor | None, *, stop: _StandIn | None, parameters: Mapping[str, Tensor] = {}
+    ) -> Any:
         for stand_in in self._stand_ins:
             stand_in.answer, stand_in.stops = answer, stand_in is stop
+        call = {"input_ids": tokens.to(self._device), "use_cache": False}
         with suppress(Reached):
-            return self._model(input_ids=tokens.to(self._device), use_cache=False)
+            return functional_call(self._model, dict(parameters), kwargs=call) if parameters else self._model(**call)
 
 
 class _StandIn(nn.Module):

@@ -44,6 +44,13 @@ class HiddenStates:
         self._states.append(kept)
         self._written.append(written)
 
+    def followed_by(self, others: HiddenStates) -> HiddenStates:
+        """These states and then the others, as one list that shares their memory."""
+        joined = HiddenStates(self.device, offload=self.offload)
+        joined._states = self._states + others._states
+        joined._written = self._written + others._written
+        return joined
+
     def walk(self, order: Sequence[int]) -> Iterator[Tensor]:
         """The states of these batches on the device, one after the other."""
         if self._copies is None:

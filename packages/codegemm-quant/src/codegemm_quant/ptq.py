@@ -26,7 +26,7 @@ from codegemm_quant.frame import ModelFrame
 from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.layer_report import write_report
 from codegemm_quant.loading import choose_device
-from codegemm_quant.model_tune import tune_model
+from codegemm_quant.model_tune import VERSIONS, resample_windows, tune_model
 from codegemm_quant.parallel import Team, team_of_environment
 from codegemm_quant.progress import Progress
 from codegemm_quant.progress_store import ProgressStore
@@ -124,7 +124,7 @@ def _quantize(run: _Run) -> _Result:
         result, kept, targets = _quantize_blocks(run, calls, inputs)
         if subject.effort.model_epochs and len(kept):
             with run.plan.clock("model tuning"):
-                _tune_whole(run, frame, result, kept, inputs, targets)
+                _tune_whole(run, frame, result, kept, targets)
         return result
     finally:
         frame.close()
@@ -180,33 +180,54 @@ def _outputs(block: nn.Module, call: BlockCall, inputs: HiddenStates, subject: S
     return outputs
 
 
-def _tune_whole(
-    run: _Run, frame: ModelFrame, result: _Result, blocks: nn.ModuleList, inputs: HiddenStates, targets: HiddenStates
-) -> None:
-    """Tune codebooks, scales and norms of all blocks together; puts the new stored tensors into the result."""
+def _tune_whole(run: _Run, frame: ModelFrame, result: _Result, blocks: nn.ModuleList, targets: HiddenStates) -> None:
+    """Tune codebooks, scales, norms and what is around the blocks together; puts new stored tensors into the result."""
     config, subject = run.config, run.subject
     for parameter in blocks.parameters():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    windows = subject.windows_at_once()
-    calls = frame.calls(subject.windows[:windows])
-    run.progress.restart(subject.effort.model_epochs * len(inputs))
+    at_once, epochs = subject.windows_at_once(), subject.effort.model_epochs
+    calls = frame.calls(subject.windows[:at_once])
+    run.progress.restart(epochs * len(targets))
 
     def show(loss: float) -> None:
         run.progress.tell({"stage": "tune the model", "divergence": f"{loss:.4f}"})
 
+    versions = min(VERSIONS, epochs)
     generator = torch.Generator().manual_seed(config.seed)
-    plan = TunePlan(
-        subject.effort.model_epochs, config.model_learning_rate, generator, "the whole model", show, windows, run.team
-    )
-    with torch.enable_grad(), mixed_precision(subject.device, subject.compute):
-        tuned = tune_model(frame, blocks, calls, inputs, targets, plan)
+    plan = TunePlan(epochs, config.model_learning_rate, generator, "the whole model", show, at_once, run.team, versions)
+    with mixed_precision(subject.device, subject.compute):
+        windows, targets = _versions(run, frame, targets, versions)
+        with torch.enable_grad():
+            tuned = tune_model(frame, blocks, calls, windows, targets, plan)
     result.divergence = {"before": tuned.before, "after": tuned.after}
     if run.team.leads:
         print(f"divergence from the dense model {tuned.before:.4f} -> {tuned.after:.4f}", file=sys.stderr)
+    result.tensors |= frame.stored_tensors(subject.stored)
     for index, block in enumerate(blocks):
         tensors = stored_tensors(block, subject.stored)
         result.tensors |= {f"{subject.prefix}.{index}.{key}": value for key, value in tensors.items()}
+
+
+def _versions(run: _Run, frame: ModelFrame, targets: HiddenStates, versions: int) -> tuple[list[Tensor], HiddenStates]:
+    """Token ids of all batches in so many versions, and the dense outputs for them, of which `targets` come first."""
+    subject, team = run.subject, run.team
+    first = [batch.to(subject.device) for batch in subject.windows.split(subject.batch)]
+    windows, count = list(first), len(subject.windows) * team.size
+    places = [
+        (number * team.size + team.rank) * subject.batch + place
+        for number in range(len(first))
+        for place in range(subject.batch)
+    ]
+    for version in range(1, versions):
+        seeds = [(run.config.seed * VERSIONS + version) * count + place for place in places]
+        windows += resample_windows(frame, first, targets, subject.windows_at_once(), seeds)
+    states, calls = subject.hidden_states(), frame.calls(first[0])
+    for tokens in windows[len(first) :]:
+        states.append(frame.inputs(tokens))
+    for index in range(len(subject.blocks)):
+        states = _outputs(subject.dense_block(index), calls[index], states, subject)
+    return windows, targets.followed_by(states)
 
 
 def _export(subject: Subject, result: _Result, also: Callable[[Path], None]) -> None:

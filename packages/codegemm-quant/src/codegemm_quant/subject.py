@@ -31,6 +31,8 @@ MAX_ACTIVATIONS = 24 << 30
 """Bytes that the activations of one forward pass through all blocks may take."""
 TUNED_WEIGHT = 8
 """Bytes a weight while the whole model is tuned: dense and gradient in bf16, codes, their order, fp32 intermediates."""
+TUNED_END = 28
+"""Bytes a parameter around the blocks meanwhile: dense in bf16, and in fp32 value, gradient, moments, step, best."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,10 @@ class Subject:
         """Whether the blocks can be tuned together on the device; says so when they cannot."""
         if self.device.type != "cuda":
             return True
-        needed, there = TUNED_WEIGHT * self.weights() + MAX_ACTIVATIONS, torch.cuda.mem_get_info(self.device)[1]
-        small = TUNED_WEIGHT * self.weights() < there // 8
+        there, inside = torch.cuda.mem_get_info(self.device)[1], {id(p) for p in self.blocks.parameters()}
+        ends = sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
+        kept = TUNED_WEIGHT * self.weights() + TUNED_END * ends
+        needed, small = kept + MAX_ACTIVATIONS, kept < there // 8
         if not small and needed > there:
             print(
                 f"the whole model is not tuned: that takes {needed >> 30} GB of the GPU's {there >> 30}",

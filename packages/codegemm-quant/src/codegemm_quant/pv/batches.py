@@ -16,6 +16,7 @@ from codegemm_quant.pv.config import TokenizeConfig, TuneConfig
 from codegemm_quant.pv.processes import Processes
 from codegemm_quant.pv.student import Student
 from codegemm_quant.pv.tokens import ABOUT_FILE, TokenCache, tokenize, vocabulary_fingerprint
+from codegemm_quant.resampling import chances
 
 HELD_OUT = 16
 """One window in so many is left out of training when there is no other text to evaluate on."""
@@ -45,14 +46,16 @@ class Batches:
 
         The windows of a pass over the text are in an order of its own; a step may reach from one pass into the next.
         """
-        batch, count = self.config.batch_size, len(self.training)
-        share = batch // processes.size
-        first = (number - 1) * batch + processes.rank * share
-        chosen = []
-        for place in range(first, first + share):
+        count, chosen = len(self.training), []
+        for place in self._places(number, processes):
             turn, index = divmod(place, count)
             chosen.append(self.training[self._order(turn)[index]])
         return self.text.windows(chosen, self.config.sequence_length)
+
+    def chances(self, number: int, processes: Processes) -> Tensor:
+        """Uniform numbers [windows, 2, tokens] for what `train` gives in the same step."""
+        start = self.config.seed * 1_000_003_000_003
+        return chances([start + place for place in self._places(number, processes)], self.config.sequence_length)
 
     def evaluation(self, size: int, processes: Processes) -> Iterator[tuple[Tensor, int]]:
         """Windows to evaluate on, `size` at a time, and how many of them count: all processes get as many batches.
@@ -65,6 +68,12 @@ class Batches:
             index = turn * processes.size + processes.rank
             numbers = pieces[index] if index < len(pieces) else pieces[0]
             yield self.judged.windows(numbers, self.config.sequence_length), len(numbers) * (index < len(pieces))
+
+    def _places(self, number: int, processes: Processes) -> range:
+        """Which windows of the endless sequence of passes are this process's in a step."""
+        share = self.config.batch_size // processes.size
+        first = (number - 1) * self.config.batch_size + processes.rank * share
+        return range(first, first + share)
 
     def _order(self, turn: int) -> list[int]:
         if turn not in self._orders:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from codegemm_kernels import BadInput
 from codegemm_quant.blocks import find_blocks
 from codegemm_quant.pv.processes import Processes
+from codegemm_quant.resampling import predicted, resampled
 
 MAX_LOGITS = 1 << 27
 """Logits in a chunk: 512 MB in fp32, of which the loss holds about five copies."""
@@ -52,6 +53,16 @@ class Teacher:
         """[tokens, hidden] -> [tokens, vocabulary]."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
+
+    @torch.no_grad()
+    def resampled(self, tokens: Tensor, chances: Tensor, share: float) -> Tensor:
+        """Token ids [batch, tokens], a share of them replaced by the model's own; chances [batch, 2, tokens]."""
+        which, where = chances.to(tokens.device).unbind(1)
+        hidden = self.hidden(tokens).flatten(0, 1)
+        chunk = max(1, MAX_LOGITS // self.model.config.get_text_config().vocab_size)
+        pieces = zip(hidden.split(chunk), which.flatten().split(chunk), strict=True)
+        guesses = torch.cat([predicted(self.logits(some), chance) for some, chance in pieces])
+        return resampled(tokens, guesses.view_as(tokens), where, share)
 
 
 class Learner(nn.Module):

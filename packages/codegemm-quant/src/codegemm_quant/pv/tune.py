@@ -142,10 +142,13 @@ class _Run:
     def _gradients(self, number: int) -> Tensor:
         """Forward and backward over this process's share of a batch; returns the mean loss of the whole batch."""
         share = self.batches.train(number, self.processes).to(self.processes.device)
-        micros = share.split(self.micro)
+        chances = self.batches.chances(number, self.processes)
+        micros = list(zip(share.split(self.micro), chances.split(self.micro), strict=True))
         total = torch.zeros((), device=self.processes.device)
-        for tokens in micros:
+        for tokens, chance in micros:
             with autocast(self.processes.device, self.dtype):
+                if self.teacher is not None and self.config.resampled:
+                    tokens = self.teacher.resampled(tokens, chance, self.config.resampled)
                 divergence, nll = self.student.learner(tokens, self.teacher).unbind()
             loss = (nll if self.teacher is None else divergence) / len(micros)
             loss.backward()
