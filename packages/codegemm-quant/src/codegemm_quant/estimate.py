@@ -13,7 +13,8 @@ from codegemm_quant.blocks import find_blocks
 from codegemm_quant.config import Effort, QuantizeConfig
 from codegemm_quant.fit import CODEBOOK_STEPS, SCALE_STEPS
 from codegemm_quant.loading import check_source, choose_device, load_tokenizer
-from codegemm_quant.subject import TUNED_WEIGHT, check_out, chosen_linears
+from codegemm_quant.model_tune import VERSIONS
+from codegemm_quant.subject import TUNED_END, TUNED_WEIGHT, check_out, chosen_linears
 
 RATE = {"cuda": 1.5e14, "cpu": 1e11}
 """Floating-point operations a second that a run reaches: bf16 and TF32 on an H200, bf16 on two CPU cores."""
@@ -47,7 +48,8 @@ def estimate(config: QuantizeConfig) -> dict[str, Any]:
     block = max(_weights(one) for one in blocks)
     memory = states + COPIES * block + 5 * 4 * largest**2
     if effort.model_epochs:
-        memory = max(memory, states + TUNED_WEIGHT * weights)
+        ends = dense // 2 - sum(_weights(one) for one in blocks)
+        memory = max(memory, (VERSIONS + 1) * states // STATES + TUNED_WEIGHT * weights + TUNED_END * ends)
     return {
         "dry_run": True,
         "matrices": len(shapes),
@@ -70,6 +72,8 @@ def _seconds(shapes: list[tuple[int, int]], effort: Effort, tokens: int, scheme:
     """Products of all passes at the rate above, and what the fits take beside them."""
     weights = sum(n * k for n, k in shapes)
     passes = 2 + 4 + 3 * effort.tune_epochs + 3.5 * effort.model_epochs  # statistics run half a block, four times twice
+    if effort.model_epochs:
+        passes += VERSIONS - 1
     forward = 2 * tokens * weights * passes
     moments = 4 * tokens * sum(k * k for _, k in shapes) / 2  # q, k, v share theirs, gate and up too
     steps = (effort.rounds + 1) * (CODEBOOK_STEPS + SCALE_STEPS + 4)

@@ -22,6 +22,7 @@ from codegemm_quant.experts import unfuse_experts
 from codegemm_quant.frame import place
 from codegemm_quant.hidden_states import HiddenStates
 from codegemm_quant.loading import check_source, compute_dtype, fingerprint, load_model, load_tokenizer
+from codegemm_quant.model_tune import VERSIONS
 from codegemm_quant.parallel import Team
 
 MAX_BATCH = 8
@@ -97,11 +98,14 @@ class Subject:
 
     def hidden_states(self) -> HiddenStates:
         """An empty list of hidden states, in host memory if four such lists would take half of the GPU's."""
-        width = int(self.model.config.get_text_config().hidden_size)
-        size = self.windows.numel() * width * self.compute.itemsize
         if self.device.type != "cuda":
             return HiddenStates(self.device)
-        return HiddenStates(self.device, offload=4 * size > torch.cuda.mem_get_info(self.device)[1] // 2)
+        return HiddenStates(self.device, offload=4 * self._states() > torch.cuda.mem_get_info(self.device)[1] // 2)
+
+    def _states(self) -> int:
+        """Bytes of the hidden states of all windows."""
+        width = int(self.model.config.get_text_config().hidden_size)
+        return self.windows.numel() * width * self.compute.itemsize
 
     def windows_at_once(self) -> int:
         """How many windows may go through the whole model with their activations kept: a divisor of the batch."""
@@ -117,6 +121,8 @@ class Subject:
         there, inside = torch.cuda.mem_get_info(self.device)[1], {id(p) for p in self.blocks.parameters()}
         ends = sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
         kept = TUNED_WEIGHT * self.weights() + TUNED_END * ends
+        if not self.hidden_states().offload:
+            kept += (VERSIONS + 1) * self._states()
         needed, small = kept + MAX_ACTIVATIONS, kept < there // 8
         if not small and needed > there:
             print(
