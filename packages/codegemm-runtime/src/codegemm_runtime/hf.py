@@ -27,6 +27,7 @@ from codegemm_kernels.checkpoint import (
     read_headers,
 )
 from codegemm_kernels.errors import BadInput, CheckpointError
+from codegemm_kernels.untrusted import check_links
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,8 @@ class CodeGemmConfig(QuantizationConfigMixin):
         self.layers = layers or {}
         self.modules_to_not_convert = modules_to_not_convert or []
         for name, value in unknown.items():
+            if hasattr(type(self), name):  # a method, which transformers would call
+                raise CheckpointError(f"the quantization_config of config.json has the field {name}, which cannot be")
             setattr(self, name, value)
         self.metadata()
 
@@ -115,6 +118,10 @@ class CodeGemmQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"codegemm weights are read from safetensors files only, not from {foreign or 'memory'}"
             )
+        check_links(files[0].parent)
+        outside = next((file for file in files if file.parent != files[0].parent or ".." in file.parts), None)
+        if outside is not None:
+            raise CheckpointError(f"the index names {outside}, which is no file of its folder: get the index again")
         headers = read_headers(files)
         if not quantized_names(headers):
             raise CheckpointError(
