@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from codegemm_kernels.errors import BadInput, NumericalError
+from codegemm_kernels.errors import BadInput, CheckpointError, NumericalError
 from codegemm_runtime.generation import Generation, Sampling, check_prompt, check_text, generate_text
 
 if TYPE_CHECKING:
@@ -81,8 +81,12 @@ class Chat:
             text = "\n".join(message["content"] for message in self.messages)
             encoded = self.tokenizer(text, return_tensors="pt")
         else:
-            encoded = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            try:
+                encoded = self.tokenizer.apply_chat_template(
+                    self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            except Exception as error:  # a template is a program of the checkpoint's, run in jinja's sandbox
+                name = self.tokenizer.name_or_path
+                raise CheckpointError(f"the chat template of {name} fails ({error}): give --plain") from error
         ids: torch.Tensor = encoded["input_ids"]
         return ids

@@ -21,6 +21,7 @@ from codegemm_kernels.checkpoint import (
 from codegemm_kernels.checksums import SUMS_FILE
 from codegemm_kernels.errors import BadInput, CheckpointError
 from codegemm_kernels.model_card import CARD_FILE
+from codegemm_kernels.untrusted import check_links
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +82,7 @@ def _no_loading_bar() -> Iterator[None]:
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder or hub name. Raises BadInput when there is none or it is broken."""
     folder = resolve_folder(folder)
+    check_links(folder)
     # Without this, transformers makes up an empty tokenizer from config.json.
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has no tokenizer: copy the tokenizer files of the original model into it")
@@ -95,8 +97,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 def resolve_folder(folder: Path | str) -> Path:
     """`folder` itself when it exists, else a download of the hub model of that name. Raises BadInput."""
-    path = Path(folder).expanduser()
-    if path.exists():
+    try:
+        path = Path(folder).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a zero byte
+        raise BadInput(f"{str(folder)[:80]!r} is no name of a folder ({error})") from error
+    if there:
         if not path.is_dir():
             raise BadInput(f"{path} is a file: give the checkpoint folder that it is in")
         return path
@@ -139,6 +145,7 @@ def model_config(folder: Path) -> PretrainedConfig:
     Raises CheckpointError when the metadata or the config cannot be understood, BadInput for an AQLM checkpoint.
     """
     from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     metadata = CheckpointMetadata.from_config(read_config(folder))
     try:
@@ -148,8 +155,13 @@ def model_config(folder: Path) -> PretrainedConfig:
     quantization = getattr(config, "quantization_config", None)
     if metadata is not None and quantization is None:
         config.quantization_config = metadata.to_quantization_config()
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "aqlm":
-        raise BadInput(f"{folder} is an AQLM checkpoint: make it ours with `codegemm-runtime convert {folder} OUT`")
+    if metadata is None and quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method == "aqlm":
+            raise BadInput(f"{folder} is an AQLM checkpoint: make it ours with `codegemm-runtime convert {folder} OUT`")
+        if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            # transformers itself would warn and go on with random weights.
+            raise CheckpointError(f"{folder / 'config.json'} has the unknown quant_method {method!r}: restore it")
     return config
 
 
