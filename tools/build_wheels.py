@@ -176,6 +176,7 @@ def write_report(path: Path, built: dict[str, dict[str, Any]]) -> None:
     report = {
         "command": f"uv run --script tools/build_wheels.py --report {path}",
         "machine": ", ".join(filter(None, machine)),
+        "commit": first_line("git", "rev-parse", "--short", "HEAD"),
         "files": [{"file": name} | known[name] for name in sorted(known)],
     }
     path.write_text(json.dumps(report, indent=2) + "\n")
