@@ -1,7 +1,8 @@
 // The whole C++ API of codegemm: plain structs and raw pointers. No torch, no Python.
 //
-// One layout, the stored one, serves every kernel (see docs/format.md): codes[i][w][n] is a 32-bit word with the
-// codes of vectors 4w .. 4w+3 of row n in codebook i, least significant byte first; codebooks[i][e][t]; scales[γ][n].
+// The stored layout (see docs/format.md): codes[i][w][n] is a 32-bit word with the codes of vectors 4w .. 4w+3 of row n
+// in codebook i, least significant byte first; codebooks[i][e][t]; scales[γ][n]. CPU kernels are faster on tiled codes,
+// the same bytes in another order (cpu/tiling.h).
 #pragma once
 #include <cstdint>
 
@@ -20,6 +21,7 @@ struct Weight {
   int64_t out_features;   // N
   int64_t in_features;    // K, a multiple of 4v and of G·v
   DType dtype;
+  bool tiled = false;  // codes are tiled; for cpu only
 };
 
 // y[M, N] = x[M, K] Wᵀ + bias; sums in fp32. Rows of x start x_row_stride elements apart, rows of y are contiguous.
@@ -40,6 +42,13 @@ struct Dequantize {
 
 namespace cpu {
 void gemm(const Gemm& call, int threads);
+// The same as `count` calls of gemm of as many rows each; the threads are started once.
+void gemm_grouped(const Gemm* calls, int count, int threads);
+// Rows of x from which on torch's product with dequantised weights is faster than gemm.
+int max_gemm_rows();
+// Stored codes to tiled ones and back: as many bytes; the weight's codebooks and scales are not looked at.
+void tile(const Weight& stored, uint8_t* tiled, int threads);
+void untile(const Weight& tiled, uint32_t* stored, int threads);
 // Rows first_row .. first_row + rows - 1 of W, to y[rows, K].
 void dequantize(const Dequantize& call, int64_t first_row, int64_t rows, int threads);
 }  // namespace cpu

@@ -262,3 +262,53 @@ def test_a_build_without_cuda_says_what_to_do(monkeypatch, make_weight):
         ops._gemm_cuda(torch.randn(1, 64), *weight)
     with pytest.raises(BadInput, match="CODEGEMM_CUDA=ON"):
         ops._dequantize_cuda(*weight)
+
+
+def tiled(weight):
+    codes, codebooks, scales = weight
+    return ops.tile(codes, codebooks.shape[2], scales.shape[0]), codebooks, scales
+
+
+@pytest.mark.parametrize(("scheme", "N", "K"), SHAPES)
+def test_tiled_codes_are_the_same_matrix(instruction_set, scheme, N, K, make_weight):
+    for dtype in DTYPES:
+        weight = make_weight(scheme, N, K, dtype)
+        reordered = tiled(weight)
+        assert reordered[0].dtype == torch.uint8 and reordered[0].nbytes == weight[0].nbytes
+        assert torch.equal(ops.untile(reordered[0], weight[1].shape[2], weight[2].shape[0]), weight[0])
+        assert torch.equal(ops.dequantize(*reordered), ops.dequantize(*weight))
+        for rows in (1, 3, 9):
+            x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            assert torch.equal(ops.gemm(x, *reordered), ops.gemm(x, *weight))
+
+
+def test_tiling_refuses_what_is_no_matrix_of_codes(make_weight):
+    codes, codebooks, scales = make_weight("m2v8g128", 48, 256, torch.float32)
+    for wrong in (codes[0], codes.long(), codes.byte()):
+        with pytest.raises(BadInput, match="codes must be"):
+            ops.tile(wrong, 8, 2)
+    for vector_length, num_groups in ((5, 2), (8, 0), (8, 3)):
+        with pytest.raises(BadInput, match=r"cannot be tiled|do not divide"):
+            ops.tile(codes, vector_length, num_groups)
+    with pytest.raises(BadInput, match="a multiple of 4"):
+        ops.gemm(torch.randn(1, 240), ops.tile(codes, 8, 2)[:, :30], codebooks, scales)
+
+
+def test_tiling_passes_opcheck(make_weight):
+    codes, codebooks, scales = make_weight("m2v8g128", 130, 256, torch.float16)
+    torch.library.opcheck(ops.tile, (codes, 8, 2))
+    torch.library.opcheck(ops.untile, (ops.tile(codes, 8, 2), 8, 2))
+    torch.library.opcheck(ops.gemm, (torch.randn(2, 256).half(), *tiled((codes, codebooks, scales))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_huge_input_does_not_drown_the_others(dtype, instruction_set, make_weight):
+    """The error stays small against the part of y that comes from the other inputs of its scale group."""
+    weight = make_weight("m1v4g128", 256, 128, dtype)
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(3)).to(dtype)
+    wide = [each.double() if each.is_floating_point() else each for each in weight]
+    small = reference.gemm(x.double(), *wide).abs().mean()
+    x[0, 30] = 4096
+    exact = reference.gemm(x.double(), *wide)
+    error = (ops.gemm(x, *weight).double() - exact).abs() - torch.finfo(dtype).eps / 2 * exact.abs()
+    assert float(error.max()) <= 3e-2 * float(small)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from codegemm_kernels import BadInput, CodebookScheme, reference
-from codegemm_runtime.linear import CodebookLinear
+from codegemm_runtime.linear import CodebookLinear, tile_linears
 from codegemm_runtime.replace import replace_linears, restore_linears
 
 SCHEME = CodebookScheme.parse("m2v8g32")
@@ -163,3 +163,46 @@ def test_restore_gives_the_dense_model_back() -> None:
     assert restore_linears(model) == ["0"]
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_tiled_codes_compute_the_same_and_are_stored_as_before() -> None:
+    layer, tiled = filled(), filled()
+    tiled.tile()
+    assert tiled.is_tiled and not layer.is_tiled
+    assert (tiled.in_features, tiled.out_features, tiled.scheme) == (64, 33, SCHEME)
+    x = torch.randn(3, 64)
+    assert torch.equal(tiled(x), layer(x))
+    assert torch.equal(tiled.dequantize(), layer.dequantize())
+    for keep_vars in (False, True):
+        stored = tiled.state_dict(keep_vars=keep_vars)
+        assert all(torch.equal(stored[name], each) for name, each in layer.state_dict().items())
+    tiled.untile()
+    assert torch.equal(tiled.codes, layer.codes)
+
+
+def test_a_tiled_layer_loads_and_changes_dtype() -> None:
+    layer, tiled = filled(), CodebookLinear(64, 33, SCHEME, True)
+    tiled.tile()
+    tiled.load_state_dict(layer.state_dict())
+    assert tiled.is_tiled
+    half = tiled.half()
+    assert half.is_tiled and half.scales.dtype == torch.float16
+    assert torch.equal(half.state_dict()["codes"], layer.codes)
+    assert tiled.to("meta").codes.dtype == torch.int32
+
+
+def test_gradients_pass_through_tiled_codes() -> None:
+    layer, tiled = filled(), filled()
+    tiled.tile()
+    inputs = [torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    for one, x in zip((layer, tiled), inputs, strict=True):
+        one(x).square().sum().backward()
+    assert inputs[0].grad is not None and torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+def test_only_a_model_that_is_on_the_cpu_is_tiled() -> None:
+    model = nn.Sequential(filled(), CodebookLinear(64, 8, SCHEME, device="meta"))
+    tile_linears(model)
+    assert not any(one.is_tiled for one in model)
+    tile_linears(model[:1])
+    assert model[0].is_tiled

@@ -1,21 +1,29 @@
-// How the psumbook product is cut up: tables for a stretch of K, then lookups for blocks of rows, stretch after
-// stretch.
+// How the psumbook product is cut up. K is split into parts, so that a thread builds the tables of its part once, keeps
+// them in its first-level cache and reads its codes from front to back; where there are not enough parts for
+// all threads, the rows are split too. Each part has sums of its own, which are added in order at the end: the result
+// does not depend on the number of threads, nor on which did what.
 #include "cpu/psumbook.h"
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <new>
+#include <vector>
 
-#include "cpu/floats.h"
+#include "cpu/features.h"
 #include "cpu/pool.h"
 
 namespace codegemm::cpu {
 namespace {
 
-// Room for the tables of a stretch of K. They are read in order, so the L3 cache is near enough; each stretch costs two
-// waits for all threads.
-constexpr int64_t kTableBytes = 4 << 20;
+// Parts of K, the same for any number of threads, and so is the result. Each costs a pass over N sums; too few, and
+// many threads have to split rows and build the same tables.
+constexpr int64_t kParts = 8;
+constexpr int kTasksPerThread = 3;     // so that a thread that is held up does not hold up the rest
+constexpr int kMaxTokens = 8;          // rows of x handled together, to bound the memory for sums
+constexpr int kStripBlocks = 32;       // blocks that pass from token to token: 128 KB of codes stay in an L2 cache
+constexpr int64_t kOutputRows = 4096;  // rows that a task of the last phase adds up
 
 // Memory that a thread keeps from call to call, aligned to a cache line.
 class Scratch {
@@ -39,152 +47,151 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// A matrix cut into segments along K.
-struct Segments {
-  Segments(const Weight& weight, int max_lookups)
-      : group_words(weight.in_features / (4 * weight.vector_length) / weight.num_groups),
-        words(std::min<int64_t>(group_words, std::max(1, max_lookups / 4 / weight.num_codebooks))),
-        per_group((group_words + words - 1) / words),
-        count(per_group * weight.num_groups) {}
-
-  int64_t group(int64_t segment) const { return segment / per_group; }
-  int64_t first_word(int64_t segment) const { return group(segment) * group_words + segment % per_group * words; }
-  int length(int64_t segment) const { return int(std::min(words, group_words - segment % per_group * words)); }
-
-  int64_t group_words, words, per_group, count;
-};
-
-// Codebooks in fp32 as [m, v, 256], entry e at place(e).
-template <class T>
-void arrange_codebooks(const Weight& weight, int (*place)(int), float* to) {
-  const T* from = static_cast<const T*>(weight.codebooks);
-  const int v = weight.vector_length;
-  for (int i = 0; i < weight.num_codebooks; ++i) {
-    for (int e = 0; e < 256; ++e) {
-      float* column = to + i * v * 256 + place(e);
-      for (int t = 0; t < v; ++t) column[t * 256] = widen(from[(i * 256 + e) * v + t]);
-    }
-  }
+// The caller's memory for the shared parts of a product.
+Scratch& scratch(size_t place) {
+  thread_local std::deque<Scratch> memory;
+  while (memory.size() <= place) memory.emplace_back();
+  return memory[place];
 }
 
-template <class T>
-void widen_inputs(const Gemm& call, float* to) {
-  const int64_t K = call.weight.in_features;
-  for (int64_t i = 0; i < call.rows; ++i) {
-    widen_all(static_cast<const T*>(call.x) + i * call.x_row_stride, K, to + i * K);
-  }
-}
-
-// One product: its memory and how it is cut into phases. Phase 2s builds the tables of step s, phase 2s + 1 looks up in
-// them. A step is a stretch of K for up to kMaxTokens rows of x.
 class Product {
  public:
-  Product(const Gemm& call, const PsumbookKernel& kernel, int threads)
+  // `place` tells products of one call apart.
+  Product(const Gemm& call, const PsumbookKernel& kernel, int threads, int place)
       : call_(call),
         kernel_(kernel),
         weight_(call.weight),
-        segments_(call.weight, kernel.max_lookups),
-        batch_(std::min<int64_t>(kMaxTokens, call.rows)),
-        segment_bytes_(segments_.words * weight_.num_codebooks * 4 * kernel.table_bytes),
-        stretch_(std::max<int64_t>(1, std::min(segments_.count, kTableBytes / (segment_bytes_ * batch_)))),
-        stretches_((segments_.count + stretch_ - 1) / stretch_),
-        sum_stride_((weight_.out_features + kChunkRows - 1) / kChunkRows * kChunkRows) {
-    // Two blocks a thread or more, so that a thread that is held up does not hold up the rest.
-    const int64_t share = (weight_.out_features / (2 * int64_t(threads)) + kChunkRows) / kChunkRows * kChunkRows;
-    block_rows_ = std::min<int64_t>(kMaxBlockRows, share);
-    thread_local Scratch codebook_memory, input_memory, table_memory, unit_memory, sum_memory;
-    codebooks_ = codebook_memory.get<float>(int64_t(weight_.num_codebooks) * weight_.vector_length * 256);
-    x_ = input_memory.get<float>(call.rows * weight_.in_features);
-    tables_ = table_memory.get<uint8_t>(stretch_ * segment_bytes_ * batch_);
-    units_ = unit_memory.get<TableUnit>(stretch_ * batch_);
-    sums_ = sum_memory.get<float>(sum_stride_ * batch_);
-    with_type(weight_.dtype, [&](auto type) {
-      arrange_codebooks<decltype(type)>(weight_, kernel.place, codebooks_);
-      widen_inputs<decltype(type)>(call, x_);
-    });
+        tiling_(call.weight),
+        element_(weight_.dtype == DType::kFloat32 ? 4 : 2),
+        parts_(std::min(tiling_.segments(), kParts)),
+        ranges_(threads == 1 ? 1
+                             : std::clamp<int64_t>(kTasksPerThread * threads / parts_, 1, 1 + tiling_.blocks() / 8)),
+        padded_(tiling_.blocks() * kTileRows) {
+    prepared_ = scratch(2 * place).get<float>(int64_t(weight_.num_codebooks) * weight_.vector_length * 384 + 16);
+    sums_ = scratch(2 * place + 1).get<float>(parts_ * std::min<int64_t>(kMaxTokens, call.rows) * padded_);
+    kernel.prepare(weight_, prepared_);
   }
 
-  int64_t phases() const { return 2 * stretches_ * ((call_.rows + batch_ - 1) / batch_); }
+  // Phase 2b is lookups for the b-th few rows of x, phase 2b + 1 adds up their parts.
+  int64_t phases() const { return 2 * ((call_.rows + kMaxTokens - 1) / kMaxTokens); }
 
   int64_t tasks(int64_t phase) const {
-    const Step step = at(phase);
-    return phase % 2 == 0 ? step.count * step.tokens : (weight_.out_features + block_rows_ - 1) / block_rows_;
+    return phase % 2 == 0 ? parts_ * ranges_ : tokens(phase) * ((weight_.out_features + kOutputRows - 1) / kOutputRows);
   }
 
   void run(int64_t phase, int64_t task) const {
     if (phase % 2 == 0) {
-      build(at(phase), task);
+      look_up(phase / 2 * kMaxTokens, tokens(phase), task / ranges_, task % ranges_);
     } else {
-      look_up(at(phase), task * block_rows_);
+      write(phase / 2 * kMaxTokens, task % tokens(phase), task / tokens(phase) * kOutputRows);
     }
   }
 
  private:
-  struct Step {
-    int64_t token, tokens;  // rows of x
-    int64_t start, count;   // segments
-  };
+  int64_t tokens(int64_t phase) const { return std::min<int64_t>(kMaxTokens, call_.rows - phase / 2 * kMaxTokens); }
 
-  Step at(int64_t phase) const {
-    const int64_t token = phase / 2 / stretches_ * batch_, start = phase / 2 % stretches_ * stretch_;
-    return {token, std::min(batch_, call_.rows - token), start, std::min(stretch_, segments_.count - start)};
+  void look_up(int64_t token, int64_t tokens, int64_t part, int64_t range) const {
+    thread_local Scratch table_memory, tile_memory;
+    const int64_t token_bytes = 2 * kTileLookups * kernel_.table_bytes;
+    Tables tables[kMaxTokens];
+    for (int64_t i = 0; i < tokens; ++i)
+      tables[i].memory = table_memory.get<uint8_t>(tokens * token_bytes) + i * token_bytes;
+    float* sums = sums_ + part * tokens * padded_;
+    const int64_t first_block = range * tiling_.blocks() / ranges_, end = (range + 1) * tiling_.blocks() / ranges_;
+    for (int64_t i = 0; i < tokens; ++i) {
+      std::fill_n(sums + i * padded_ + first_block * kTileRows, (end - first_block) * kTileRows, 0.0f);
+    }
+    const int64_t last = (part + 1) * tiling_.segments() / parts_;
+    for (int64_t segment = part * tiling_.segments() / parts_; segment < last; ++segment) {
+      for (int64_t i = 0; i < tokens; ++i) build(token + i, segment, &tables[i]);
+      for (int64_t block = first_block; block < end; block += kStripBlocks) {
+        const int64_t strip_end = std::min(end, block + kStripBlocks);
+        const uint8_t* codes = reinterpret_cast<const uint8_t*>(weight_.codes) + tiling_.offset(segment, block);
+        if (!weight_.tiled) {
+          uint8_t* tile = tile_memory.get<uint8_t>(kStripBlocks * kTileRows * kTileLookups);
+          codes = tile;
+          for (int64_t b = block; b < strip_end; ++b) {
+            kernel_.tile(weight_, tiling_, segment, b, tile);
+            tile += tiling_.rows(b) * tiling_.lookups(segment);
+          }
+        }
+        for (int64_t i = 0; i < tokens; ++i) strip(segment, block, strip_end, codes, tables[i], sums + i * padded_);
+      }
+    }
   }
 
-  void build(const Step& step, int64_t task) const {
-    const int64_t token = task / step.count, place = task % step.count, segment = step.start + place;
-    const int v = weight_.vector_length;
-    const float* x = x_ + (step.token + token) * weight_.in_features + segments_.first_word(segment) * 4 * v;
-    kernel_.build_tables({codebooks_, x, weight_.num_codebooks, v, segments_.length(segment), weight_.dtype,
-                          tables_ + (token * stretch_ + place) * segment_bytes_, units_ + token * stretch_ + place});
+  void build(int64_t token, int64_t segment, Tables* tables) const {
+    const int64_t at = token * call_.x_row_stride + tiling_.first_position(segment) * weight_.vector_length;
+    kernel_.build({&weight_, prepared_, static_cast<const char*>(call_.x) + at * element_, tiling_.positions(segment)},
+                  tables);
   }
 
-  void look_up(const Step& step, int64_t n) const {
-    const int64_t N = weight_.out_features, rows = std::min(block_rows_, N - n);
-    const int64_t plane = weight_.in_features / (4 * weight_.vector_length) * N;
-    const int element = weight_.dtype == DType::kFloat32 ? 4 : 2;
-    if (step.start == 0) {
-      const int64_t padded = (rows + kChunkRows - 1) / kChunkRows * kChunkRows;
-      for (int64_t i = 0; i < step.tokens; ++i) std::fill_n(sums_ + i * sum_stride_ + n, padded, 0.0f);
+  void strip(int64_t segment, int64_t block, int64_t end, const uint8_t* codes, const Tables& tables,
+             float* sums) const {
+    const int lookups = tiling_.lookups(segment);
+    const char* scales =
+        static_cast<const char*>(weight_.scales) + tiling_.group(segment) * weight_.out_features * element_;
+    for (int pass = 0; pass < tables.passes; ++pass) {
+      const uint8_t* tile = codes;
+      for (int64_t b = block; b < end; ++b) {
+        kernel_.look_up({tile, tables.memory + pass * lookups * kernel_.table_bytes, tables.units[pass], lookups,
+                         tiling_.rows(b), scales + b * kTileRows * element_, weight_.dtype, sums + b * kTileRows});
+        tile += tiling_.rows(b) * lookups;
+      }
     }
-    for (int64_t place = 0; place < step.count; ++place) {
-      const int64_t segment = step.start + place;
-      const void* scales = static_cast<const char*>(weight_.scales) + (segments_.group(segment) * N + n) * element;
-      kernel_.add_lookups({weight_.codes + segments_.first_word(segment) * N + n, N, plane, weight_.num_codebooks,
-                           segments_.length(segment), int(rows), int(step.tokens), tables_ + place * segment_bytes_,
-                           stretch_ * segment_bytes_, units_ + place, stretch_, scales, weight_.dtype, sums_ + n,
-                           sum_stride_});
-    }
-    if (step.start + step.count < segments_.count) return;
+  }
+
+  void write(int64_t token, int64_t i, int64_t n) const {
+    const int64_t tokens = std::min<int64_t>(kMaxTokens, call_.rows - token);
+    const int64_t rows = std::min<int64_t>(kOutputRows, weight_.out_features - n);
     const char* bias = static_cast<const char*>(call_.bias);
-    for (int64_t i = 0; i < step.tokens; ++i) {
-      char* y = static_cast<char*>(call_.y) + ((step.token + i) * N + n) * element;
-      kernel_.write_outputs(sums_ + i * sum_stride_ + n, bias == nullptr ? nullptr : bias + n * element, y,
-                            weight_.dtype, rows);
-    }
+    char* y = static_cast<char*>(call_.y) + ((token + i) * weight_.out_features + n) * element_;
+    kernel_.write(sums_ + i * padded_ + n, int(parts_), tokens * padded_,
+                  bias == nullptr ? nullptr : bias + n * element_, y, weight_.dtype, rows);
   }
 
   const Gemm& call_;
   const PsumbookKernel& kernel_;
   const Weight& weight_;
-  const Segments segments_;
-  const int64_t batch_;          // rows of x in a step
-  const int64_t segment_bytes_;  // room for the tables of a segment
-  const int64_t stretch_;        // segments in a step
-  const int64_t stretches_;
-  const int64_t sum_stride_;
-  int64_t block_rows_;
-  float *codebooks_, *x_, *sums_;
-  uint8_t* tables_;
-  TableUnit* units_;
+  const Tiling tiling_;
+  const int element_;     // bytes of a float
+  const int64_t parts_;   // of K
+  const int64_t ranges_;  // of the rows
+  const int64_t padded_;  // N rounded up to whole blocks
+  float *prepared_, *sums_;
 };
 
 }  // namespace
 
-void gemm_by_psumbook(const Gemm& call, const PsumbookKernel& kernel, int threads) {
-  const Product product(call, kernel, threads);
+const PsumbookKernel& psumbook_kernel() {
+  switch (instruction_set()) {
+#if defined(__x86_64__)
+    case InstructionSet::kAvx512Vbmi:
+      return vbmi::kPsumbook;
+    case InstructionSet::kAvx2:
+      return avx2::kPsumbook;
+#endif
+    default:
+      return portable::kPsumbook;
+  }
+}
+
+void gemm_by_psumbook(const Gemm* calls, int count, int threads) {
+  std::vector<Product> products;
+  products.reserve(size_t(count));
+  for (int i = 0; i < count; ++i) products.emplace_back(calls[i], psumbook_kernel(), threads, i);
   parallel_phases(
-      product.phases(), threads, [&](int64_t phase) { return product.tasks(phase); },
-      [&](int64_t phase, int64_t task) { product.run(phase, task); });
+      products[0].phases(), threads,
+      [&](int64_t phase) {
+        int64_t tasks = 0;
+        for (const Product& product : products) tasks += product.tasks(phase);
+        return tasks;
+      },
+      [&](int64_t phase, int64_t task) {
+        const Product* product = products.data();
+        while (task >= product->tasks(phase)) task -= product++->tasks(phase);
+        product->run(phase, task);
+      });
 }
 
 }  // namespace codegemm::cpu

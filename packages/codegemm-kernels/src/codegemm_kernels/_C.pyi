@@ -9,6 +9,31 @@ def cpu_features() -> str:
 def limit_cpu_features(*, name: str) -> bool:
     """Use a lesser instruction set, to test all kernels on one machine; false if it has none of this name."""
 
+def max_gemm_rows() -> int:
+    """Rows of x up to which `gemm_cpu` is faster than a dense product with dequantised weights."""
+
+def tile(
+    *,
+    codes: int,
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    out_features: int,
+    in_features: int,
+    y: int,
+    threads: int,
+) -> None: ...
+def untile(
+    *,
+    codes: int,
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    out_features: int,
+    in_features: int,
+    y: int,
+    threads: int,
+) -> None: ...
 def gemm_cpu(
     *,
     codes: int,
@@ -25,6 +50,7 @@ def gemm_cpu(
     bias: int,
     y: int,
     rows: int,
+    tiled: bool,
     threads: int,
 ) -> None: ...
 def dequantize_cpu(
@@ -41,6 +67,7 @@ def dequantize_cpu(
     y: int,
     first_row: int,
     rows: int,
+    tiled: bool,
     threads: int,
 ) -> None: ...
 def gemm_cuda(
@@ -78,6 +105,25 @@ def dequantize_cuda(
     rows: int,
     device: int,
     stream: int,
+) -> None: ...
+def gemm_grouped_cpu(
+    *,
+    codes: list[int],
+    codebooks: list[int],
+    scales: list[int],
+    biases: list[int],
+    ys: list[int],
+    out_features: list[int],
+    num_codebooks: int,
+    vector_length: int,
+    num_groups: int,
+    in_features: int,
+    dtype: int,
+    x: int,
+    x_row_stride: int,
+    rows: int,
+    tiled: bool,
+    threads: int,
 ) -> None: ...
 def gemm_grouped_cuda(
     *,

@@ -1,21 +1,22 @@
 """The torch ops `codegemm::gemm`, `gemm_grouped` and `dequantize`. The only importer of the compiled module.
 
-A call checks everything a kernel relies on, allocates the result and passes addresses: integers carry no types, so a
-mistake past this file would be a wild read. The default implementation, for devices without a kernel, is `reference`.
+A call checks everything a kernel relies on (`checks`), allocates the result and passes addresses. The default
+implementation, for devices without a kernel, is `reference`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegemm_kernels import _C, reference
+from codegemm_kernels.checks import DTYPES, check_group, check_input, check_tiling, check_weight
 from codegemm_kernels.errors import BadInput
-from codegemm_kernels.scheme import CODEBOOK_ENTRIES, CODES_PER_WORD, MAX_CODEBOOKS, VECTOR_LENGTHS
+from codegemm_kernels.scheme import CODES_PER_WORD
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/codegemm.h, enum DType
-# On the CPU, x with more rows than this is multiplied by dequantised panels of W: see docs/log.md, CPU kernels.
-_MAX_KERNEL_ROWS = 64
+# On the CPU, x with many rows is multiplied by dequantised panels of W: see docs/log.md, CPU kernels.
 _MIN_PANEL_FEATURES = 256  # below, the kernel is quicker than the calls to torch
 _PANEL_BYTES = 4 << 20
 # On a GPU the same from these row counts on: the tensor-core kernel takes up to 64 rows at a time, fp32 has none.
@@ -25,67 +26,6 @@ _NO_CUDA = (
     "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
     "CUDA_HOME set if nvcc is not on PATH), or move the model to the CPU"
 )
-
-
-def _check_weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[int, int, int]:
-    """Return (N, K, G) of a stored matrix, or raise BadInput naming the fault."""
-    code_shape, book_shape, scale_shape = codes.shape, codebooks.shape, scales.shape
-    if len(code_shape) != 3 or len(book_shape) != 3 or len(scale_shape) != 2:
-        raise BadInput(
-            "codes, codebooks and scales must be [m, K/(4v), N], [m, 256, v] and [G, N], "
-            f"not {list(code_shape)}, {list(book_shape)} and {list(scale_shape)}"
-        )
-    num_codebooks, words, out_features = code_shape
-    vector_length, num_groups = book_shape[2], scale_shape[0]
-    if book_shape[0] != num_codebooks or book_shape[1] != CODEBOOK_ENTRIES or scale_shape[1] != out_features:
-        raise BadInput(
-            f"codes {list(code_shape)}, codebooks {list(book_shape)} and scales {list(scale_shape)} do not belong "
-            "together: they must be [m, K/(4v), N], [m, 256, v] and [G, N]"
-        )
-    if vector_length not in VECTOR_LENGTHS or not 1 <= num_codebooks <= MAX_CODEBOOKS:
-        raise BadInput(
-            f"{num_codebooks} codebooks of vectors of {vector_length} are not supported: "
-            f"use 1 to {MAX_CODEBOOKS} codebooks and a vector length of {VECTOR_LENGTHS}"
-        )
-    vectors = words * CODES_PER_WORD
-    if words < 1 or num_groups < 1 or vectors % num_groups:
-        raise BadInput(
-            f"{num_groups} scale groups do not divide a row of {vectors} vectors of {vector_length} weights: "
-            "the group size must be a multiple of the vector length"
-        )
-    if codes.dtype != torch.int32:
-        raise BadInput(f"codes must be int32 words, not {codes.dtype}")
-    dtype = codebooks.dtype
-    if scales.dtype != dtype or dtype not in _DTYPES:
-        raise BadInput(
-            f"codebooks are {dtype} and scales {scales.dtype}: both must be the same one of "
-            "float32, float16 and bfloat16; cast them first"
-        )
-    device = codes.get_device()
-    if codebooks.get_device() != device or scales.get_device() != device:
-        raise BadInput(
-            f"codes are on {codes.device}, codebooks on {codebooks.device} and scales on {scales.device}: "
-            "move them to one device"
-        )
-    return out_features, vectors * vector_length, num_groups
-
-
-def _check_input(x: Tensor, bias: Tensor | None, codes: Tensor, codebooks: Tensor, N: int, K: int) -> None:
-    """Raise BadInput unless x [..., K] and bias [N] fit a matrix of N x K."""
-    dtype, device = codebooks.dtype, codes.get_device()
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise BadInput(f"x has shape {list(x.shape)}, but the matrix takes {K} input features in the last dimension")
-    if x.dtype != dtype:
-        raise BadInput(f"x is {x.dtype}, but codebooks and scales are {dtype}: cast one of them")
-    if x.get_device() != device:
-        raise BadInput(f"x is on {x.device}, but codes are on {codes.device}: move one of them")
-    if bias is not None:
-        if bias.dim() != 1 or bias.shape[0] != N:
-            raise BadInput(f"bias has shape {list(bias.shape)}, but the matrix has {N} output features")
-        if bias.dtype != dtype:
-            raise BadInput(f"bias is {bias.dtype}, but x is {dtype}: cast one of them")
-        if bias.get_device() != device:
-            raise BadInput(f"bias is on {bias.device}, but x is on {x.device}: move one of them")
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -101,14 +41,14 @@ def _new_output(x: Tensor, N: int) -> Tensor:
 
 
 def _gemm_cpu(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    N, K, num_groups = _check_weight(codes, codebooks, scales)
-    _check_input(x, bias, codes, codebooks, N, K)
+    N, K, num_groups = check_weight(codes, codebooks, scales)
+    check_input(x, bias, codes, codebooks, N, K)
     y = _new_output(x, N)
     if y.numel() == 0:
         return y
     rows = _as_rows(x)
     codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
-    if rows.shape[0] > _MAX_KERNEL_ROWS and K >= _MIN_PANEL_FEATURES:
+    if rows.shape[0] > _C.max_gemm_rows() and K >= _MIN_PANEL_FEATURES:
         _gemm_by_panels(rows, codes, codebooks, scales, bias, y.view(-1, N))
         return y
     bias = None if bias is None else bias.contiguous()
@@ -121,12 +61,13 @@ def _gemm_cpu(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias:
         num_groups=num_groups,
         out_features=N,
         in_features=K,
-        dtype=_DTYPES[x.dtype],
+        dtype=DTYPES[x.dtype],
         x=rows.data_ptr(),
         x_row_stride=rows.stride(0),
         bias=0 if bias is None else bias.data_ptr(),
         y=y.data_ptr(),
         rows=rows.shape[0],
+        tiled=codes.dtype == torch.uint8,
         threads=torch.get_num_threads(),
     )
     return y
@@ -164,7 +105,7 @@ def _dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, first: in
         "num_groups": scales.shape[0],
         "out_features": scales.shape[1],
         "in_features": rows.shape[1],
-        "dtype": _DTYPES[codebooks.dtype],
+        "dtype": DTYPES[codebooks.dtype],
         "y": rows.data_ptr(),
         "first_row": first,
         "rows": last - first,
@@ -173,14 +114,14 @@ def _dequantize_rows(codes: Tensor, codebooks: Tensor, scales: Tensor, first: in
         device = codes.get_device()
         _C.dequantize_cuda(**integers, device=device, stream=torch._C._cuda_getCurrentRawStream(device))
     else:
-        _C.dequantize_cpu(**integers, threads=torch.get_num_threads())
+        _C.dequantize_cpu(**integers, tiled=codes.dtype == torch.uint8, threads=torch.get_num_threads())
 
 
 def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _C.has_cuda:
         raise BadInput(_NO_CUDA)
-    N, K, num_groups = _check_weight(codes, codebooks, scales)
-    _check_input(x, bias, codes, codebooks, N, K)
+    N, K, num_groups = check_weight(codes, codebooks, scales)
+    check_input(x, bias, codes, codebooks, N, K)
     y = _new_output(x, N)
     if y.numel() == 0:
         return y
@@ -200,7 +141,7 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
         num_groups=num_groups,
         out_features=N,
         in_features=K,
-        dtype=_DTYPES[x.dtype],
+        dtype=DTYPES[x.dtype],
         x=rows.data_ptr(),
         x_row_stride=rows.stride(0),
         bias=0 if bias is None else bias.data_ptr(),
@@ -234,68 +175,74 @@ def _gemm_by_cuda_panels(
 def _gemm_grouped(
     x: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]
 ) -> list[Tensor]:
-    _check_group(codes, codebooks, scales, biases)
+    check_group(codes, codebooks, scales, biases)
     return [gemm(x, *one) for one in zip(codes, codebooks, scales, biases, strict=True)]
 
 
-def _check_group(*lists: list[Tensor] | list[Tensor | None]) -> None:
-    if len({len(one) for one in lists}) != 1:
-        raise BadInput(f"a grouped product needs lists of one length, not {[len(one) for one in lists]}")
-
-
-def _gemm_grouped_cuda(
+def _gemm_grouped_compiled(
     x: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]
 ) -> list[Tensor]:
-    _check_group(codes, codebooks, scales, biases)
-    schemes = {(one.shape[0], one.shape[2]) for one in codebooks if one.dim() == 3}
+    check_group(codes, codebooks, scales, biases)
     rows = _as_rows(x)
-    small = 0 < rows.shape[0] <= _MAX_CUDA_ROWS.get(x.dtype, 0)
-    if not _C.has_cuda or not small or len(codes) < 2 or len(schemes) != 1 or len({len(one) for one in scales}) != 1:
+    if not _fit_one_launch(rows, codes, codebooks, scales):
         return _gemm_grouped(x, codes, codebooks, scales, biases)
     ys = []
     for one in zip(codes, codebooks, scales, biases, strict=True):
-        N, K, num_groups = _check_weight(*one[:3])
-        _check_input(x, one[3], one[0], one[1], N, K)
+        N, K, num_groups = check_weight(*one[:3])
+        check_input(x, one[3], one[0], one[1], N, K)
         ys.append(_new_output(x, N))
     codes, codebooks, scales = ([t.contiguous() for t in tensors] for tensors in (codes, codebooks, scales))
     biases = [None if t is None else t.contiguous() for t in biases]
-    device = x.get_device()
-    _C.gemm_grouped_cuda(
-        codes=[t.data_ptr() for t in codes],
-        codebooks=[t.data_ptr() for t in codebooks],
-        scales=[t.data_ptr() for t in scales],
-        biases=[0 if t is None else t.data_ptr() for t in biases],
-        ys=[t.data_ptr() for t in ys],
-        out_features=[t.shape[-1] for t in ys],
-        num_codebooks=codebooks[0].shape[0],
-        vector_length=codebooks[0].shape[2],
-        num_groups=num_groups,
-        in_features=K,
-        dtype=_DTYPES[x.dtype],
-        x=rows.data_ptr(),
-        x_row_stride=rows.stride(0),
-        rows=rows.shape[0],
-        device=device,
-        stream=torch._C._cuda_getCurrentRawStream(device),
-    )
+    arguments: dict[str, Any] = {
+        "codes": [t.data_ptr() for t in codes],
+        "codebooks": [t.data_ptr() for t in codebooks],
+        "scales": [t.data_ptr() for t in scales],
+        "biases": [0 if t is None else t.data_ptr() for t in biases],
+        "ys": [t.data_ptr() for t in ys],
+        "out_features": [t.shape[-1] for t in ys],
+        "num_codebooks": codebooks[0].shape[0],
+        "vector_length": codebooks[0].shape[2],
+        "num_groups": num_groups,
+        "in_features": K,
+        "dtype": DTYPES[x.dtype],
+        "x": rows.data_ptr(),
+        "x_row_stride": rows.stride(0),
+        "rows": rows.shape[0],
+    }
+    if x.is_cuda:
+        device = x.get_device()
+        _C.gemm_grouped_cuda(**arguments, device=device, stream=torch._C._cuda_getCurrentRawStream(device))
+    else:
+        _C.gemm_grouped_cpu(**arguments, tiled=codes[0].dtype == torch.uint8, threads=torch.get_num_threads())
     return ys
+
+
+def _fit_one_launch(rows: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor]) -> bool:
+    """Whether there are several matrices of one scheme and order of codes, and few enough rows for the kernels."""
+    if rows.is_cuda:
+        max_rows = _MAX_CUDA_ROWS.get(rows.dtype, 0) if _C.has_cuda else 0
+    else:
+        max_rows = _C.max_gemm_rows()
+    schemes = {(one.shape[0], one.shape[2]) for one in codebooks if one.dim() == 3}
+    same = len(schemes) == len({len(one) for one in scales}) == len({one.dtype for one in codes}) == 1
+    return same and len(codes) > 1 and 0 < rows.shape[0] <= max_rows
 
 
 def _gemm_grouped_fake(
     x: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]
 ) -> list[Tensor]:
-    _check_group(codes, codebooks, scales, biases)
+    check_group(codes, codebooks, scales, biases)
     return [_gemm_fake(x, *one) for one in zip(codes, codebooks, scales, biases, strict=True)]
 
 
 def _gemm_fake(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    N, K, _ = _check_weight(codes, codebooks, scales)
-    _check_input(x, bias, codes, codebooks, N, K)
+    N, K, _ = check_weight(codes, codebooks, scales)
+    check_input(x, bias, codes, codebooks, N, K)
     return _new_output(x, N)
 
 
 def _dequantize_whole(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    N, K, _ = _check_weight(codes, codebooks, scales)
+    N, K, _ = check_weight(codes, codebooks, scales)
     y = codebooks.new_empty((N, K))
     if N:
         _dequantize_rows(codes.contiguous(), codebooks.contiguous(), scales.contiguous(), 0, N, y)
@@ -309,8 +256,50 @@ def _dequantize_cuda(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor
 
 
 def _dequantize_fake(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    N, K, _ = _check_weight(codes, codebooks, scales)
+    N, K, _ = check_weight(codes, codebooks, scales)
     return codebooks.new_empty((N, K))
+
+
+def _move_codes(codes: Tensor, y: Tensor, vector_length: int, num_groups: int, sizes: tuple[int, int, int]) -> None:
+    move = _C.tile if codes.dtype == torch.int32 else _C.untile
+    move(
+        codes=codes.contiguous().data_ptr(),
+        num_codebooks=sizes[0],
+        vector_length=vector_length,
+        num_groups=num_groups,
+        out_features=sizes[1],
+        in_features=sizes[2],
+        y=y.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _tile_fake(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
+    check_tiling(codes, vector_length, num_groups, torch.int32)
+    m, words, N = codes.shape
+    return codes.new_empty((m, words * CODES_PER_WORD, N), dtype=torch.uint8)
+
+
+def _tile_cpu(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
+    y = _tile_fake(codes, vector_length, num_groups)
+    if y.numel():
+        sizes = check_tiling(codes, vector_length, num_groups, torch.int32)
+        _move_codes(codes, y, vector_length, num_groups, sizes)
+    return y
+
+
+def _untile_fake(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
+    check_tiling(codes, vector_length, num_groups, torch.uint8)
+    m, vectors, N = codes.shape
+    return codes.new_empty((m, vectors // CODES_PER_WORD, N), dtype=torch.int32)
+
+
+def _untile_cpu(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
+    y = _untile_fake(codes, vector_length, num_groups)
+    if y.numel():
+        sizes = check_tiling(codes, vector_length, num_groups, torch.uint8)
+        _move_codes(codes, y, vector_length, num_groups, sizes)
+    return y
 
 
 _LIBRARY = torch.library.Library("codegemm", "DEF")
@@ -326,7 +315,14 @@ _LIBRARY.define(
     "gemm_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor?[] biases) -> Tensor[]"
 )
 _LIBRARY.impl("gemm_grouped", _gemm_grouped, "CompositeExplicitAutograd")
-_LIBRARY.impl("gemm_grouped", _gemm_grouped_cuda, "CUDA")
+_LIBRARY.impl("gemm_grouped", _gemm_grouped_compiled, "CPU")
+_LIBRARY.impl("gemm_grouped", _gemm_grouped_compiled, "CUDA")
+_LIBRARY.define("tile(Tensor codes, int vector_length, int num_groups) -> Tensor")
+_LIBRARY.define("untile(Tensor codes, int vector_length, int num_groups) -> Tensor")
+_LIBRARY.impl("tile", _tile_cpu, "CPU")
+_LIBRARY.impl("untile", _untile_cpu, "CPU")
+torch.library.register_fake("codegemm::tile", _tile_fake, lib=_LIBRARY)
+torch.library.register_fake("codegemm::untile", _untile_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::gemm", _gemm_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::dequantize", _dequantize_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::gemm_grouped", _gemm_grouped_fake, lib=_LIBRARY)
@@ -337,6 +333,12 @@ gemm_grouped = torch.ops.codegemm.gemm_grouped.default
 """`gemm` of one x with several matrices (q, k and v; gate and up), each with its own codebooks: one launch on a GPU."""
 dequantize = torch.ops.codegemm.dequantize.default
 """W [N, K] of a stored matrix, in the dtype of `codebooks`."""
+
+tile = torch.ops.codegemm.tile.default
+"""Stored codes int32 [m, K/(4v), N] to tiled ones, uint8 [m, K/v, N]: the same bytes in the order in which the CPU
+kernels read them (csrc/cpu/tiling.h). The ops above take either; the tiled ones are for the CPU only."""
+untile = torch.ops.codegemm.untile.default
+"""Undo `tile`."""
 
 
 def available_kernels() -> tuple[str, bool]:
