@@ -146,7 +146,7 @@ class CodeGemmQuantizer(HfQuantizer):
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from codegemm_runtime.linear import CodebookLinear
+        from codegemm_runtime.linear import CodebookLinear, tile_linears
 
         if self._model is not None:
             raise RuntimeError("this transformers did not ask for weight conversions, so no tensor was checked")
@@ -161,6 +161,7 @@ class CodeGemmQuantizer(HfQuantizer):
             if parameter.dtype != wanted and parameter.device.type != "meta" and not kept:
                 parameter.data = parameter.data.to(wanted)
         raise_problems(_not_finite(model, self._headers), self._headers)
+        tile_linears(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
