@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from codegemm_kernels.errors import BadInput
-from codegemm_runtime.linear import CodebookLinear
+from codegemm_runtime.linear import CodebookLinear, tile_linears
 from codegemm_runtime.loading import load_model
 from codegemm_runtime.sharding import MatrixShard
 
@@ -56,6 +56,7 @@ def load_tensor_parallel(
     model = load_model(folder, "cpu", dtype)
     shard_model(model, dist.get_rank(), dist.get_world_size())
     model.to(torch.device(device))
+    tile_linears(model)
     return model
 
 
@@ -105,6 +106,7 @@ def _share(name: str, module: nn.Linear | CodebookLinear, by_inputs: bool, rank:
 
 def _codebook_share(name: str, module: CodebookLinear, by_inputs: bool, rank: int, ranks: int) -> CodebookLinear:
     size, scheme = (module.out_features, module.in_features), module.scheme
+    module.untile()
     if by_inputs:
         shard = MatrixShard.by_columns(name, scheme, size, rank, ranks)
     else:

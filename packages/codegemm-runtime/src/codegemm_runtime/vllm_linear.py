@@ -202,10 +202,12 @@ class CodebookLinearMethod(LinearMethodBase):
         """Put the loaded matrices in place. Raises CheckpointError for one that is missing or not finite."""
         for i, shard in enumerate(self.shards):
             self._check(shard.name, [self.loaded.get((i, part)) for part in PARTS], getattr(layer, "bias", None))
+            codes, groups = self.loaded[i, "codes"], self.loaded[i, "scales"].shape[0]
+            if codes.device.type == "cpu":  # into the order in which the CPU kernels read them
+                self.loaded[i, "codes"] = ops.tile(codes, shard.scheme.vector_length, groups)
         for part in PARTS:
             delattr(layer, part)
             tensors = [self.loaded.pop((i, part)) for i in range(len(self.shards))]
-            # A repack for the device's kernels belongs here: these lists are all that `apply` reads.
             layer.register_module(part, nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in tensors))
 
     def _check(self, name: str, tensors: list[Tensor | None], bias: Tensor | None) -> None:
