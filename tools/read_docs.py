@@ -1,9 +1,8 @@
 """Do what the documentation says: every fenced block of commands or Python of its pages, in one folder.
 
 What a reader types in the root of a checkout runs here in a folder with the same `models` and `tools`. Blocks of a page
-run in order. A page that goes on with what another has made says `<!-- continues PAGE -->` and is read after it; pages
-that do not depend on each other are read at the same time. The comment `<!-- not run: REASON -->` before a block is the
-only way to leave it out.
+run in order. A page that goes on with what another has made says `<!-- continues PAGE -->` and is read after it. Two
+pages are read at a time. The comment `<!-- not run: REASON -->` before a block is the only way to leave it out.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ SHOWN = ("json", "text", "cpp", "toml")
 FENCE = re.compile(r" *```(\w*)\s*")
 LEFT_OUT = re.compile(r" *<!-- not run: (\S.*\S) -->")
 CONTINUES = re.compile(r"<!-- continues (\S+\.md) -->")
+READ = "read to the end:"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Read:
     jobs: int = 2
     """Pages read at the same time."""
     here: Path | None = None
-    """Read one page in this folder, in this process, and nothing before it."""
+    """Read the pages in this folder, in this process, and nothing before them."""
     debug: bool = False
     """Show the traceback of a failure."""
 
@@ -70,13 +70,14 @@ def main() -> None:
     """Entry point."""
     import tyro
 
-    from codegemm_kernels.errors import run_command
-
     config = tyro.cli(Read, description=__doc__)
     if config.here is not None:
         for page in config.pages:
             read_page(page, config.here)
+            print(READ, page, flush=True)
         return
+    from codegemm_kernels.errors import run_command  # imports torch, which a page of commands has no use for
+
     sys.exit(run_command(lambda: report(config), debug=config.debug))
 
 
@@ -116,8 +117,9 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def read_pages(pages: tuple[str, ...], folder: Path, jobs: int) -> dict[str, str]:
-    """Read each page in a process of its own, after the one that it continues; for each what went wrong, if anything.
+    """Read the pages, and those that they continue before them; for each what went wrong, if anything.
 
+    The pages that continue others are shared by `jobs` processes, since every process takes seconds to import torch.
     One thread a process: on a busy machine the threads of such small products wait for each other, and a command of 33
     seconds takes 220.
     """
@@ -125,29 +127,23 @@ def read_pages(pages: tuple[str, ...], folder: Path, jobs: int) -> dict[str, str
         (folder / name).symlink_to(ROOT / name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    futures: dict[str, Future[str]] = {}
 
-    def read(page: str, earlier: str | None) -> str:
-        if earlier is not None and futures[earlier].result():
-            return f"docs/{earlier}, which it continues, failed"
-        command = [sys.executable, Path(__file__), "--pages", page, "--here", folder]
+    def read(group: list[str]) -> dict[str, str]:
+        command = [sys.executable, Path(__file__), "--here", folder, "--pages", *group]
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
-        return done.stderr if done.returncode else ""
+        return {page: "" if f"{READ} {page}\n" in done.stdout else done.stderr for page in group}
 
-    def submit(page: str) -> None:
-        match = CONTINUES.search((DOCS / page).read_text(encoding="utf-8"))
-        earlier = match and match[1]
-        if earlier and earlier not in futures:
-            submit(earlier)
-        if page not in futures:
-            futures[page] = pool.submit(read, page, earlier)
-
+    earlier = {page: CONTINUES.search((DOCS / page).read_text(encoding="utf-8")) for page in pages}
+    first = {match[1] if match else page for page, match in earlier.items()}
+    rest = sorted(set(pages) - first, key=lambda page: len(list(blocks(DOCS / page))))
+    outcome: dict[str, str] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for page in sorted(pages, key=lambda name: len(list(blocks(DOCS / name))), reverse=True):
-            submit(page)
-    return {page: future.result() for page, future in futures.items()}
+        for stage in ([[page] for page in sorted(first)], [rest[start::jobs] for start in range(jobs)]):
+            for found in pool.map(read, filter(None, stage)):
+                outcome |= found
+    return outcome
 
 
 def read_page(page: str, folder: Path) -> None:

@@ -245,14 +245,6 @@ def draw_decode(axes: Axes, rows: list[Row]) -> None:
     log_axes(axes, "sequences at a time", "tokens a second")
 
 
-def draw_gap_by_seconds(axes: Axes, rows: list[Row]) -> None:
-    """Accuracy lost against the time it took."""
-    for (scheme,), mine in groups(rows, "scheme").items():
-        line(axes, mine, "seconds", "gap", scheme, "o")
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("ln(perplexity / dense)")
-
-
 def draw_gap_by_bits(axes: Axes, rows: list[Row]) -> None:
     """Accuracy lost against size."""
     for row in rows:
@@ -291,7 +283,6 @@ CHARTS: dict[str, Callable[[Axes, list[Row]], None]] = {
     "product": draw_product,
     "prefill": draw_prefill,
     "decode": draw_decode,
-    "gap_by_seconds": draw_gap_by_seconds,
     "gap_by_bits": draw_gap_by_bits,
     "tuning": draw_tuning,
     "cpu": draw_cpu,
