@@ -107,6 +107,9 @@ def test_the_written_checkpoint_is_the_best_state(alone, folders):
     assert any(name.endswith(".codes") and name not in same for name in before)
     for name in ("config.json", "tokenizer.json"):
         assert (Path(config.out) / name).read_text() == (Path(config.student) / name).read_text()
+    card = (Path(config.out) / "README.md").read_text()
+    for measured in ("divergence", "perplexity"):
+        assert f" | {result['start'][measured]:.4f} | {result['best'][measured]:.4f} |" in card
     again = replace(config, student=config.out, out=f"{config.out}-again", steps=1, freeze=("codes",))
     assert tune(again)["start"]["divergence"] == pytest.approx(result["best"]["divergence"], rel=1e-5)
 

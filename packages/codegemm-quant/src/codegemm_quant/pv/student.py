@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from codegemm_kernels.checkpoint import (
     read_config,
     read_headers,
 )
+from codegemm_kernels.model_card import REPORT_FILE
 from codegemm_quant.blocks import find_blocks
 from codegemm_quant.export import export_checkpoint
 from codegemm_quant.pv.divergence import Learner, check_model
@@ -128,8 +130,13 @@ def load_student(folder: Path, processes: Processes, *, gradient_checkpointing: 
     return Student(folder, model, tokenizer, learner, metadata, matrices, others)
 
 
-def export_student(student: Student, tensors: dict[str, Tensor], out: Path, processes: Processes) -> None:
-    """Write the checkpoint `out` with `tensors`, named as in `Student.tensors`; the first process writes."""
+def export_student(
+    student: Student, tensors: dict[str, Tensor], out: Path, processes: Processes, report: dict[str, Any]
+) -> None:
+    """Write the checkpoint `out` with `tensors`, named as in `Student.tensors`; the first process writes.
+
+    report: content of quantization_report.json, from which the model card has its numbers.
+    """
     stored: dict[str, Tensor] = {}
     for matrix in student.matrices:
         codes, scales = (
@@ -146,7 +153,12 @@ def export_student(student: Student, tensors: dict[str, Tensor], out: Path, proc
         model = _skeleton(student.folder, student.stored)
         _allocate(model, torch.device("cpu"))  # never read: every tensor of it has a value in `stored`
         names = [matrix.name for matrix in student.matrices]
-        export_checkpoint(model, student.tokenizer, stored, student.metadata, names, student.stored, out)
+        told = json.dumps(report, indent=2) + "\n"
+
+        def also(folder: Path) -> None:
+            (folder / REPORT_FILE).write_text(told)
+
+        export_checkpoint(model, student.tokenizer, stored, student.metadata, names, student.stored, out, also)
     processes.wait()
 
 

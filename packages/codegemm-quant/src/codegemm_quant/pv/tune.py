@@ -112,7 +112,10 @@ class _Run:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write the best state as a checkpoint, close the books and say how it went."""
-        export_student(self.student, self.best, self.out, self.processes)
+        start, best = self.evaluations["start"], self.evaluations["best"]
+        report: dict[str, Any] = {key: {"before": start[key], "after": best[key]} for key in start if key != "step"}
+        report["measured_on"] = "its evaluation text, which it did not train on"
+        export_student(self.student, self.best, self.out, self.processes, report)
         if self.metrics is not None:
             self.metrics.close()
         self.store.close()
