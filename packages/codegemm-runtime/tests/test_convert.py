@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codegemm_kernels import BadInput, CheckpointError, unpack_codes
-from codegemm_kernels.checksums import checksum_problems
 from codegemm_runtime import inspect_folder, load_model, load_tokenizer
 from codegemm_runtime.convert.conversion import convert_folder
 from codegemm_runtime.convert.writer import FolderWriter
@@ -98,7 +97,6 @@ def test_aqlm_comes_in_bit_for_bit(
     result = convert_folder(checkpoint.folder, tmp_path / "ours")
     assert (result["from"], result["to"], result["scheme"]) == ("aqlm", "codegemm", f"m{m}v{v}g-1")
     assert (result["layers"], result["dense_layers"]) == (14, [])
-    assert checksum_problems(tmp_path / "ours") == []
     ours = stored(tmp_path / "ours")
     for name in checkpoint.layers:
         was = {part: checkpoint.tensors[f"{name}.{part}"] for part in ("codes", "codebooks", "scales")}

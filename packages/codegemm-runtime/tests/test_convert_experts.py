@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codegemm_kernels import BadInput, CodebookScheme, pack_codes, reference
+from codegemm_kernels.checksums import checksum_problems
 from codegemm_runtime import CodebookLinear, inspect_folder, load_model
 from codegemm_runtime.convert.conversion import convert_folder
 
@@ -43,6 +44,7 @@ def test_experts_stored_as_codes_become_dense_again(
         convert_folder(checkpoint.folder, tmp_path / "aqlm", "aqlm")
     result = convert_folder(checkpoint.folder, tmp_path / "dense", "dense")
     assert result["to"] == "dense"
+    assert checksum_problems(tmp_path / "dense") == []
     dense = load_model(tmp_path / "dense", "cpu")
     torch.testing.assert_close(dense(ids).logits, expected, rtol=1e-3, atol=1e-4)
     for name, parameter in checkpoint.dense.named_parameters():
