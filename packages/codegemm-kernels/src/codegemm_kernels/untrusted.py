@@ -16,7 +16,7 @@ from codegemm_kernels.errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000
 """The largest header that the safetensors library reads, and far more than any config or index."""
-MAX_COUNT = 4096
+MAX_COUNT = 1024
 """The largest number of layers, experts or labels: transformers makes objects by them before it looks at a tensor."""
 MAX_DEPTH = 64
 """How deeply a config may be nested."""

@@ -61,6 +61,10 @@ def load_model(
     except torch.OutOfMemoryError as error:
         size = sum(header.nbytes for header in headers.values()) / 2**30
         raise BadInput(f"{folder} ({size:.1f} GiB) does not fit on {target}: try --device cpu or auto") from error
+    except (BadInput, ImportError):
+        raise
+    except Exception as error:  # a config.json that makes a model, but none that transformers can load
+        raise CheckpointError(f"{folder} cannot be loaded by transformers: {error}") from error
     loaded: PreTrainedModel = model
     return loaded
 
