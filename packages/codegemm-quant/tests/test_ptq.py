@@ -83,11 +83,12 @@ def test_the_ends_of_the_model_are_tuned_with_it(config):
     """Embedding and last norm, on other versions of the windows too; without tuning they stay as they are."""
     sharp = AutoConfig.from_pretrained(config.model, initializer_range=0.2)  # predictions that are not all alike
     AutoModelForCausalLM.from_config(sharp, dtype=torch.bfloat16).save_pretrained(config.model)
-    report = quantize(replace(config, samples=64, model_epochs=4))
+    quick = replace(config, rounds=0, tune_epochs=0, samples=64)
+    report = quantize(replace(quick, model_epochs=4))
     assert report["stages"]["model tuning"] > 0
     told = json.loads((Path(config.out) / "quantization_report.json").read_text())
     assert told["divergence"]["after"] < told["divergence"]["before"]
-    untuned = replace(config, model_epochs=0, out=f"{config.out}-untuned")
+    untuned = replace(quick, model_epochs=0, samples=8, out=f"{config.out}-untuned")
     quantize(untuned)
     ends = ("model.embed_tokens.weight", "model.norm.weight")
     dense = load_file(Path(config.model) / "model.safetensors")

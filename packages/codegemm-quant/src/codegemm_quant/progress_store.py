@@ -15,6 +15,8 @@ from torch import Tensor
 from codegemm_kernels import BadInput
 from codegemm_quant.parallel import ALONE, Team
 
+SETTINGS_FILE = "settings.json"
+
 
 class ProgressStore:
     """Finished blocks of an interrupted run; `open` decides whether they may be used."""
@@ -29,18 +31,9 @@ class ProgressStore:
 
         Raises BadInput when there is work of other settings, or any without resume.
         """
-        path = folder / "settings.json"
+        path = folder / SETTINGS_FILE
         if path.exists() and any(folder.glob("block-*.safetensors")):
-            if not resume:
-                raise BadInput(f"{folder} holds an interrupted run: continue it with --resume or delete the folder")
-            before = json.loads(path.read_text())
-            changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
-            if changed:
-                told = ", ".join(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
-                raise BadInput(
-                    f"cannot resume the run in {folder}: {told}; use the same settings, "
-                    "or delete the folder to start again"
-                )
+            check_resumed(folder, settings, resume=resume)
         elif team.leads:
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob("*.json"):  # of a run that finished no block
@@ -79,6 +72,19 @@ class ProgressStore:
 
     def _report(self, index: int) -> Path:
         return self.folder / f"block-{index:04}.json"
+
+
+def check_resumed(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Raise BadInput unless the run that left its work and settings in `folder` may be continued with these."""
+    if not resume:
+        raise BadInput(f"{folder} holds an interrupted run: continue it with --resume or delete the folder")
+    before = json.loads((folder / SETTINGS_FILE).read_text())
+    changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
+    if changed:
+        told = ", ".join(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+        raise BadInput(
+            f"cannot resume the run in {folder}: {told}; use the same settings, or delete the folder to start again"
+        )
 
 
 def _write_whole(path: Path, write: Any) -> None:

@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from codegemm_kernels import BadInput
+from codegemm_quant.progress_store import SETTINGS_FILE, check_resumed
 from codegemm_quant.pv.processes import Processes
 
-PROGRESS_FILE, SETTINGS_FILE = "progress.json", "settings.json"
+PROGRESS_FILE = "progress.json"
 
 Rows = dict[str, tuple[Tensor, int | None]]
 """Tensors by name: the rows of each that are here, and how many there are in all processes; None: all hold the same."""
@@ -35,15 +35,7 @@ class StateStore:
         """Start a run or continue one. Raises BadInput when there is work of other settings, or any without resume."""
         store, path = cls(folder, processes), folder / SETTINGS_FILE
         if store.newest() is not None:
-            if not resume:
-                raise BadInput(f"{folder} holds an interrupted run: continue it with --resume or delete the folder")
-            before = json.loads(path.read_text())
-            changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
-            if changed:
-                told = ", ".join(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
-                raise BadInput(
-                    f"cannot resume the run in {folder}: {told}; use the same settings, or delete the folder"
-                )
+            check_resumed(folder, settings, resume=resume)
         processes.wait()
         if processes.leads and store.newest() is None:
             folder.mkdir(parents=True, exist_ok=True)
