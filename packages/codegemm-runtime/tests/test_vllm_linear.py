@@ -173,21 +173,43 @@ def test_cuts_inside_a_group_name_the_tensor(vllm: SimpleNamespace, make_checkpo
         run_layer(config, checkpoint.tensors, f"{MLP}.down_proj", torch.randn(1, 128), 1, 4)
 
 
-def test_a_compiled_layer_has_no_graph_break(vllm: SimpleNamespace, make_checkpoint: Callable[..., Any]) -> None:
-    checkpoint = make_checkpoint("qwen2")
-    config = quantization(vllm, checkpoint)
+def loaded_layer(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, LinearBase]:
+    """gate and up of block 0 as one layer on torch's default device, with its method."""
     layer = LinearBase()
     method = config.get_quant_method(layer, f"{MLP}.gate_up_proj")
     method.create_weights(layer, 64, [128, 128], 64, 256, torch.float32)
     layer.bias = None
     for place, name in enumerate(FUSED["gate_up_proj"]):
         for part in PARTS:
-            getattr(layer, part).weight_loader(getattr(layer, part), checkpoint.tensors[f"{MLP}.{name}.{part}"], place)
+            getattr(layer, part).weight_loader(getattr(layer, part), tensors[f"{MLP}.{name}.{part}"], place)
     method.process_weights_after_loading(layer)
+    return method, layer
+
+
+def test_a_compiled_layer_has_no_graph_break(vllm: SimpleNamespace, make_checkpoint: Callable[..., Any]) -> None:
+    checkpoint = make_checkpoint("qwen2")
+    method, layer = loaded_layer(quantization(vllm, checkpoint), checkpoint.tensors)
     compiled = torch.compile(lambda x: method.apply(layer, x), fullgraph=True, backend="eager", dynamic=True)
     for rows in (1, 3, 17):
         x = torch.randn(rows, 64)
         assert torch.equal(compiled(x), method.apply(layer, x))
+
+
+@pytest.mark.cuda
+def test_a_layer_in_a_cuda_graph(vllm: SimpleNamespace, make_checkpoint: Callable[..., Any]) -> None:
+    """Captured once for each batch size, as vLLM does; the graph computes of whatever is in x when it is replayed."""
+    checkpoint = make_checkpoint("qwen2")
+    with torch.device("cuda"):
+        method, layer = loaded_layer(quantization(vllm, checkpoint), checkpoint.tensors)
+    for rows in (1, 4, 100):
+        x = torch.randn(rows, 64, device="cuda")
+        method.apply(layer, x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = method.apply(layer, x)
+        x.copy_(torch.randn(rows, 64))
+        graph.replay()
+        assert torch.equal(y, method.apply(layer, x))
 
 
 def drop(checkpoint: Any, name: str) -> None:
