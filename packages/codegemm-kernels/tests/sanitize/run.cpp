@@ -173,7 +173,6 @@ void one_case(Random& random) {
   const int64_t rows = draw(random, 0, 3) ? draw(random, 1, 9) : draw(random, 10, 70);
   check_dequantize(random, weight, exact, threads);
   check_gemm(random, weight, exact, rows, threads);
-#if __has_include("cpu/tiling.h")
   Guarded<uint8_t> tiled(4 * m * words * N, 4 * draw(random, 0, 3));
   Guarded<uint32_t> again(m * words * N, draw(random, 0, 3));
   cpu::tile(weight, tiled.data(), threads);
@@ -184,7 +183,6 @@ void one_case(Random& random) {
   expect(std::memcmp(again.data(), codes.data(), 4 * m * words * N) == 0, "untile", weight, rows);
   check_dequantize(random, fast, exact, threads);
   check_gemm(random, fast, exact, rows, threads);
-#endif
 }
 
 }  // namespace
