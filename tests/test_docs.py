@@ -16,6 +16,7 @@ COMMAND = re.compile(
     r"\s*(\$ |uv |pip |python3? |torchrun |make |curl |hf |vllm |transformers |lm_eval "
     r"|codegemm-(quant|runtime|eval) [a-z]+ [\w/-])"
 )
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 TROUBLESHOOTING = DOCS / "troubleshooting.md"
 
 
@@ -81,17 +82,49 @@ def messages(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
-def test_messages_in_troubleshooting_are_still_ours():
+@pytest.fixture(scope="module")
+def sources():
+    """Everything that our packages and their builds can say."""
+    said = {m for path in ROOT.glob("packages/*/src/**/*.py") for m in messages(ast.parse(path.read_text()))}
+    for path in [*ROOT.glob("packages/*/CMakeLists.txt"), *ROOT.glob("packages/*/cmake/*.cmake")]:
+        said.add(re.sub(r'"\s*"', "", path.read_text()))
+    return said
+
+
+def test_messages_in_troubleshooting_are_still_ours(sources):
     text = TROUBLESHOOTING.read_text(encoding="utf-8").split("\n## Messages of others", maxsplit=1)
     assert len(text) == 2
     quoted = [quote for _, quote in re.findall(r"^### (`+) ?(.+?) ?\1$", text[0], re.MULTILINE)]
     assert len(quoted) == text[0].count("\n### ")
     assert len(quoted) > 20
-    said = {m for path in ROOT.glob("packages/*/src/**/*.py") for m in messages(ast.parse(path.read_text()))}
-    for path in [*ROOT.glob("packages/*/CMakeLists.txt"), *ROOT.glob("packages/*/cmake/*.cmake")]:
-        said.add(re.sub(r'"\s*"', "", path.read_text()))
-    astray = [quote for quote in quoted if not any(quote in each for each in said)]
+    astray = [quote for quote in quoted if not any(quote in each for each in sources)]
     assert not astray, f"no source says {astray}"
+
+
+def test_messages_in_tables_are_still_ours(sources):
+    """Those that stand in the first column; … makes them recognisable."""
+    quoted = [
+        (name, quote)
+        for name in PAGES
+        for quote in re.findall(r"^\| `([^`]*…[^`]*)` \|", (DOCS / name).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert quoted
+    astray = [each for each in quoted if not any(each[1] in said for said in sources)]
+    assert not astray, f"no source says {astray}"
+
+
+@pytest.mark.parametrize("path", ROOT.glob("packages/*/README.md"), ids=lambda path: path.parent.name)
+def test_package_readmes_stand_alone(path):
+    """PyPI shows them without the repository."""
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        assert target.startswith("https://"), f"{path.parent.name}: {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_the_repository_lead_somewhere(name):
+    targets = LINK.findall((ROOT / name).read_text(encoding="utf-8"))
+    broken = [each for each in targets if "://" not in each and not (ROOT / each.partition("#")[0]).exists()]
+    assert not broken
 
 
 def test_every_entry_says_why_and_what_to_do():

@@ -117,7 +117,9 @@ def render(section: Section) -> Iterator[str]:
     yield table(section, rows) + "\n"
     told = {key: data.get(key) for key in ("device", "machine", "torch", "commit", "protocol", "note")}
     facts = [f"{key} {value}" for key, value in told.items() if isinstance(value, str)]
+    own = [row["command"] for row in rows if isinstance(row.get("command"), str)]
     commands = data.get("commands") or [data.get("command") or section.command]
+    commands = commands if any(commands) else list(dict.fromkeys(own))
     yield f"[{section.stem}.json](results/{section.stem}.json): {'; '.join(facts) or 'machine not noted'}.\n"
     if any(commands):
         yield "<!-- not run: it is what measured -->"
@@ -125,11 +127,11 @@ def render(section: Section) -> Iterator[str]:
 
 
 def rows_of(data: Any) -> list[Row]:
-    """The measurements in a file: its first list of objects, or its only object."""
+    """The measurements in a file: its first list of objects, or its objects, called by their keys under `what`."""
     for value in [data] if isinstance(data, list) else data.values():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             return value
-    return [data["result"]] if isinstance(data.get("result"), dict) else [data]
+    return [{"what": key, **value} for key, value in data.items() if isinstance(value, dict)] or [data]
 
 
 def table(section: Section, rows: list[Row]) -> str:
