@@ -3,6 +3,7 @@
 #include <cmath>
 #include <string>
 
+#include "cuda/codebook_gemm.cuh"
 #include "cuda/codebook_mma.cuh"
 #include "cuda/psumbook.cuh"
 #include "cuda/launch.h"
@@ -16,7 +17,7 @@ namespace {
 
 constexpr size_t kPoolBytes = size_t(1) << 30;
 constexpr int kSharedLimit = 227 * 1024;
-std::vector<int> clusters_tried = {1, 2, 4, 8, 16}, k_warps_tried = {1, 2, 4, 8}, stages_tried = {2, 3, 4, 6, 8};
+std::vector<int> clusters_tried = {1, 2, 4, 8, 16}, stages_tried = {2, 3, 4, 6, 8};
 using T = __half;
 
 struct Data {
@@ -89,37 +90,54 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us)
   }
 }
 
-template <int V, int kTokens, bool kScaleSums, int kWarps>
+template <int V, int kTokens>
 void time_mma(FILE* out, const Data& d, const Problem& q, double stream_us) {
-  const auto kernel = codebook_mma_kernel<T, V, kTokens, kScaleSums, kWarps>;
+  const auto kernel = codebook_mma_kernel<T, V, kTokens, true>;
   for (int cluster : clusters_tried) {
-    const int clusters =
-        cluster == 1 ? 132 : active_clusters(kernel, {0, (kWarps + kProducerWarps) * 32, 220 * 1024, cluster, false});
-    for (int k_warps : k_warps_tried) {
-      for (int steps_a_warp : {1, 2}) {
-        Gemm call = make_call(d, q, 0);
-        Product p = make_product(&call, 1);
-        MmaShape shape;
-        if (!make_mma_shape(shape, p, V, kTokens, kWarps, cluster, clusters, k_warps, steps_a_warp,
-                            kSharedLimit - 2048))
-          continue;
-        const LaunchConfig config = {shape.clusters * cluster, (kWarps + kProducerWarps) * 32, shape.bytes, cluster,
-                                     true};
-        const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
-          Gemm c = make_call(d, q, i);
-          Product product = make_product(&c, 1);
-          product.rows_per_range = p.rows_per_range;
-          bench::require(launch_kernel(kernel, config, stream, product, shape), "codebook_mma");
-        });
-        char plan[200];
-        std::snprintf(
-            plan, sizeof plan,
-            "tokens %d sums %d | cluster %d warps %d/%d steps %d stages %d x %d chunk %d of %d ranges %d rows %d",
-            kTokens, kScaleSums, cluster, kWarps, k_warps, steps_a_warp, shape.stages, shape.stage_bytes,
-            shape.chunk_steps, shape.steps.each + (shape.steps.extra > 0), shape.num_ranges, p.rows_per_range);
-        report(out, q, "mma", plan, us, stream_us);
-      }
+    for (int warps : {8, 16}) {
+      const int clusters =
+          cluster == 1 ? 132 : active_clusters(kernel, {0, warps * 32, kSharedLimit - 2048, cluster, false});
+      Gemm call = make_call(d, q, 0);
+      Product p = make_product(&call, 1);
+      MmaShape shape;
+      if (!make_mma_shape(shape, p, {V, kTokens, true}, warps, cluster, clusters, kSharedLimit - 2048)) continue;
+      const LaunchConfig config = {shape.clusters * cluster, warps * 32, shape.bytes, cluster, true};
+      const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
+        Gemm c = make_call(d, q, i);
+        Product product = make_product(&c, 1);
+        product.rows_per_range = p.rows_per_range;
+        bench::require(launch_kernel(kernel, config, stream, product, shape), "codebook_mma");
+      });
+      char plan[160];
+      std::snprintf(plan, sizeof plan, "tokens %d cluster %d of %d warps %d ranges %d rows %d chunks %d of %d", kTokens,
+                    cluster, clusters, warps, shape.first_range[kMaxSegments], p.rows_per_range, shape.staged_chunks,
+                    shape.chunks.first(1));
+      report(out, q, "mma", plan, us, stream_us);
     }
+  }
+}
+
+template <int V, int kTiles, int kStrips>
+void time_gemm(FILE* out, const Data& d, const Problem& q, double stream_us) {
+  const auto kernel = codebook_gemm_kernel<T, V, kTiles, kStrips, V / 4>;
+  for (int cluster = 1; cluster <= 16; ++cluster) {
+    Gemm call = make_call(d, q, 0);
+    Product p = make_product(&call, 1);
+    const GemmShape shape = make_gemm_shape(p, V, 16 * kTiles, kStrips, cluster);
+    const LaunchConfig config = {shape.first_block[kMaxSegments] * cluster, kGemmWarps * 32, shape.bytes, cluster,
+                                 true};
+    const int clusters = active_clusters(kernel, config);
+    if (shape.stages.each < 1 || clusters < 1) continue;
+    const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
+      Gemm c = make_call(d, q, i);
+      Product product = make_product(&c, 1);
+      product.rows_per_range = p.rows_per_range;
+      bench::require(launch_kernel(kernel, config, stream, product, shape), "codebook_gemm");
+    });
+    char plan[160];
+    std::snprintf(plan, sizeof plan, "tokens %d strips %d cluster %d of %d blocks %d stages %d", 16 * kTiles, kStrips,
+                  cluster, clusters, config.blocks, shape.stages.first(1));
+    report(out, q, "gemm", plan, us, stream_us);
   }
 }
 
@@ -137,13 +155,15 @@ double stream_time(const Data& d, const Problem& q) {
 template <int V>
 void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
   q.tokens = 8;
-  time_mma<V, 16, true, 16>(out, d, q, stream);
+  time_mma<V, 8>(out, d, q, stream);
   q.tokens = 16;
-  time_mma<V, 16, true, 16>(out, d, q, stream);
+  time_mma<V, 16>(out, d, q, stream);
   q.tokens = 32;
-  time_mma<V, 32, false, 8>(out, d, q, stream);
+  time_gemm<V, 2, 1>(out, d, q, stream);
+  if (V == 8) time_gemm<V, 2, V == 8 ? 2 : 1>(out, d, q, stream);
   q.tokens = 64;
-  time_mma<V, 64, false, 8>(out, d, q, stream);
+  time_gemm<V, 4, 1>(out, d, q, stream);
+  if (V == 4) time_gemm<V, 4, V == 4 ? 2 : 1>(out, d, q, stream);
 }
 
 // One plan of each kernel, to be run under a profiler.
@@ -153,9 +173,10 @@ void profile(FILE* out, const Data& d) {
   stages_tried = {4};
   time_psumbook<4, 1>(out, d, q, 1);
   q.tokens = 8;
-  clusters_tried = {1};
-  k_warps_tried = {2};
-  time_mma<4, 16, true, 16>(out, d, q, 1);
+  clusters_tried = {2};
+  time_mma<4, 8>(out, d, q, 1);
+  q.tokens = 64;
+  time_gemm<4, 4, 2>(out, d, q, 1);
 }
 
 }  // namespace

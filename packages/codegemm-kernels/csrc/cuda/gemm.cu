@@ -31,7 +31,7 @@ bool is_fast(const Gemm& call) {
   const int64_t word_inputs = 4 * w.vector_length, group = w.in_features / w.num_groups;
   return w.dtype != DType::kFloat32 && w.out_features % 8 == 0 && group % word_inputs == 0 &&
          w.in_features / word_inputs < 65536 && w.out_features < (int64_t(1) << 31) && is_aligned(w.codes, 16) &&
-         is_aligned(w.codebooks, 16) && is_aligned(w.scales, 16) && is_aligned(call.x, 16) &&
+         is_aligned(w.codebooks, 16) && is_aligned(w.scales, 16) && is_aligned(call.x, 16) && is_aligned(call.y, 8) &&
          (call.rows == 1 || call.x_row_stride % 8 == 0);
 }
 
@@ -41,22 +41,45 @@ bool share_input(const Gemm& a, const Gemm& b) {
          a.weight.num_groups == b.weight.num_groups && a.weight.in_features == b.weight.in_features;
 }
 
-// Calls that one launch can compute: fast ones, up to kMmaTokens tokens at a time.
-const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
-  if (calls[0].rows == 1 && device_limits(device).capability >= 90) {
-    const char* error = psumbook_gemm(calls, count, device, stream);
-    if (error != kDoesNotFit) return error;
+// `count` calls with `rows` tokens from `token` on, by one launch of `launch`.
+template <typename Launch>
+const char* launch_slice(const Gemm* calls, int count, int64_t token, int64_t rows, int device, cudaStream_t stream,
+                         const Launch& launch) {
+  const int64_t element = 2;
+  Gemm slice[kMaxSegments];
+  for (int i = 0; i < count; ++i) {
+    slice[i] = calls[i];
+    slice[i].rows = rows;
+    slice[i].x = static_cast<const char*>(calls[i].x) + token * calls[i].x_row_stride * element;
+    slice[i].y = static_cast<char*>(calls[i].y) + token * calls[i].weight.out_features * element;
   }
-  const int64_t element = 2, rows = calls[0].rows;
-  for (int64_t token = 0; token < rows; token += kMmaTokens) {
-    Gemm slice[kMaxSegments];
-    for (int i = 0; i < count; ++i) {
-      slice[i] = calls[i];
-      slice[i].rows = rows - token < kMmaTokens ? rows - token : kMmaTokens;
-      slice[i].x = static_cast<const char*>(calls[i].x) + token * calls[i].x_row_stride * element;
-      slice[i].y = static_cast<char*>(calls[i].y) + token * calls[i].weight.out_features * element;
+  return launch(slice, count, device, stream);
+}
+
+// One token; and two of v >= 8, as twice one in less than half the time each, where a table serves many rows
+// (docs/log.md, "CUDA kernels", ninth version).
+bool prefers_psumbook(const Gemm* calls, int count) {
+  int64_t rows = 0;
+  for (int i = 0; i < count; ++i) rows += calls[i].weight.out_features;
+  return calls[0].rows == 1 ||
+         (calls[0].rows == 2 && calls[0].weight.vector_length >= 8 && rows >= 4 * calls[0].weight.in_features);
+}
+
+// Calls that one launch can compute for some tokens at a time.
+const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
+  const bool psumbook = prefers_psumbook(calls, count) && device_limits(device).capability >= 90;
+  const int64_t tokens = calls[0].rows;
+  for (int64_t token = 0; token < tokens;) {
+    int64_t rows = psumbook ? 1 : tokens - token < kGemmTokens ? tokens - token : kGemmTokens;
+    const char* error = kDoesNotFit;
+    if (psumbook) error = launch_slice(calls, count, token, rows, device, stream, psumbook_gemm);
+    if (!psumbook && rows > kMmaTokens) error = launch_slice(calls, count, token, rows, device, stream, codebook_gemm);
+    if (error == kDoesNotFit) {
+      rows = rows < kMmaTokens ? rows : kMmaTokens;
+      error = launch_slice(calls, count, token, rows, device, stream, codebook_mma_gemm);
     }
-    if (const char* error = codebook_mma_gemm(slice, count, device, stream)) return error;
+    if (error) return error;
+    token += rows;
   }
   return nullptr;
 }

@@ -20,6 +20,9 @@ struct LaunchConfig {
 template <typename... Parameters>
 const char* prepare_kernel(void (*kernel)(Parameters...), int shared_bytes, int cluster) {
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess)  // several blocks a multiprocessor where they fit
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (status == cudaSuccess && cluster > 8)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return DeviceGuard::describe(status);

@@ -207,10 +207,10 @@ struct Runs {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
       copy_runs(ring, at, stage + s * 8 * kStagePitch * 4, kStagePitch * 4, codes[s] + row * 4, rows * 4, words[s],
-                count * 4, producer, lane);
+                count * 4, producer);
     copy_runs(ring, at, stage + kSlots * 8 * kStagePitch * 4, kStageRows * 2, scales + row * 2, rows * 2, groups,
-              count * 2, producer, lane);
-    end_fill(ring, at);
+              count * 2, producer);
+    end_fill();
   }
 };
 
@@ -267,7 +267,7 @@ __device__ __forceinline__ void reduce_and_store(const Product& p, const float* 
   for (int i = threadIdx.x; i < share; i += blockDim.x) {
     const int64_t row = first + rank * share + i;
     if (row >= last) break;
-    const float sum = sum_over_cluster(shared_address(sums + rank * share + i), size);
+    const float sum = sum_over_cluster<float>(shared_address(sums + rank * share + i), size);
     const Segment& segment = segment_of(p, row);
     const int64_t n = row - segment.first_row;
     const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;

@@ -80,17 +80,59 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
 #endif
 }
 
-// The float at `address` (a shared-memory address of this block) in the same place of block `rank` of the cluster.
-__device__ __forceinline__ float load_from_rank(uint32_t address, int rank) {
-  float value;
+// What lies at `address` (a shared-memory address of this block) in the same place of block `rank` of the cluster.
+__device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) {
 #if CODEGEMM_HAS_CLUSTERS
   uint32_t remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+  return remote;
+#else
+  return address;
+#endif
+}
+__device__ __forceinline__ void load_from_rank(float& value, uint32_t address, int rank) {
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address_in_rank(address, rank)) : "memory");
 #else
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
 #endif
-  return value;
+}
+__device__ __forceinline__ void load_from_rank(float4& value, uint32_t address, int rank) {
+#if CODEGEMM_HAS_CLUSTERS
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address_in_rank(address, rank))
+               : "memory");
+#else
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void add_to(float& sum, float part) { sum += part; }
+__device__ __forceinline__ void add_to(float4& sum, float4 part) {
+  sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+}
+
+// What lies at a shared-memory address, summed over the blocks of the cluster in rank order.
+template <typename Value>
+__device__ __forceinline__ Value sum_over_cluster(uint32_t address, int size) {
+  constexpr int kAtOnce =
+      sizeof(Value) == 4 ? kMaxCluster : 4;  // loads before the first sum: their latency is paid once
+  Value sum = {};
+#pragma unroll
+  for (int first = 0; first < kMaxCluster; first += kAtOnce) {
+    if (first > 0 && first >= size) break;
+    Value part[kAtOnce] = {};
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r)
+      if (first + r < size) load_from_rank(part[r], address, first + r);
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) add_to(sum, part[r]);
+  }
+  return sum;
 }
 
 // Barriers are named by their shared-memory addresses: from pointers the compiler works them out again at every use.
@@ -118,10 +160,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
                  : "r"(barrier), "r"(parity)
                  : "memory");
 #else
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
+    done = 1;  // psumbook.cuh is for sm_90 and later
 #endif
   }
 }
@@ -155,12 +194,17 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const unsigned char* 
 #endif
 }
 
-// Before sm_90: copies 16 bytes a thread; arrive_after_copies arrives once all earlier ones of the thread have.
-__device__ __forceinline__ void copy_16(uint32_t target, const unsigned char* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+// Copies 16 bytes a thread, or writes zeros and reads nothing. The copies since the last commit are a group;
+// wait_copies returns when all but the last kGroups groups of the thread have arrived.
+template <typename T>
+__device__ __forceinline__ void copy_16_or_zero(uint32_t target, const T* source, bool copies) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(copies ? 16 : 0)
+               : "memory");
 }
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 // Two 16-bit numbers from global memory, not from the first-level cache: they may be younger than this kernel.
@@ -168,6 +212,30 @@ template <typename T>
 __device__ __forceinline__ uint32_t load_fresh(const T* pair) {
   uint32_t value;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(pair) : "memory");
+  return value;
+}
+
+// 16 bytes of x, likewise.
+template <typename T>
+__device__ __forceinline__ uint4 load_fresh_16(const T* source) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source)
+               : "memory");
+  return value;
+}
+
+// 8 or 16 bytes of a weight: constant, and used once, so that the first-level cache is better left alone.
+template <typename Words, typename T>
+__device__ __forceinline__ Words load_weight(const T* source) {
+  Words value;
+  if constexpr (sizeof(Words) == 8)
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(source));
+  else
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(source));
   return value;
 }
 
@@ -189,6 +257,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// The value of another lane of the warp.
+__device__ __forceinline__ uint32_t from_lane(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
 
 // Byte permutation: nibble i of `selector` picks byte i of the result from a (0..3) and b (4..7); +8 picks copies of
 // that byte's sign bit.
@@ -243,6 +314,27 @@ __device__ __forceinline__ void mma_k16<__nv_bfloat16>(float (&d)[4], const uint
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <typename T>
+__device__ __forceinline__ void mma_k16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+  mma_k16<T>(d, words, b0, b1);
+}
+
+// d = a b: no register has to be cleared before.
+template <typename T>
+__device__ __forceinline__ void mma_k16_first(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma_k16_first<__half>(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.0f));
+}
+template <>
+__device__ __forceinline__ void mma_k16_first<__nv_bfloat16>(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
 }  // namespace codegemm::cuda

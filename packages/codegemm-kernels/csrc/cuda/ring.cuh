@@ -1,6 +1,6 @@
-// A ring of shared-memory stages that four producer warps fill and the other warps of the block empty. Code words come
-// in runs of neighbouring rows, so a stage is a box of (words x rows) copied run by run: by the bulk copy engine from
-// sm_90 on, by 16-byte cp.async before. Reading boxes with plain loads instead, 16 bytes a lane, costs 2 to 4 times the
+// A ring of shared-memory stages that the producer warps of psumbook.cuh fill and the other warps of the block empty.
+// Code words come in runs of neighbouring rows, so a stage is a box of (words x rows) copied run by run by the bulk
+// copy engine (sm_90 and later). Reading boxes with plain loads instead, 16 bytes a lane, costs 2 to 4 times the
 // requests (a quarter warp touches 8 words) and keeps too few bytes in flight: 1.4 to 1.8 TB/s on an H200.
 #pragma once
 #include "cuda/ptx.cuh"
@@ -40,7 +40,7 @@ struct RingPlace {
 // One thread sets the ring up; a block barrier must follow.
 __device__ __forceinline__ void init_ring(const Ring& ring, int stages, int consumer_warps) {
   for (int s = 0; s < stages; ++s) {
-    init_barrier(ring.full(s), CODEGEMM_HAS_CLUSTERS ? 1 : 32 * kProducerWarps);
+    init_barrier(ring.full(s), 1);
     init_barrier(ring.empty(s), consumer_warps);
   }
   fence_barriers();
@@ -50,7 +50,7 @@ __device__ __forceinline__ void init_ring(const Ring& ring, int stages, int cons
 // end_fill. The other warps' bytes may arrive before they are announced: the phase cannot end before the announcement.
 __device__ __forceinline__ void begin_fill(const Ring& ring, const RingPlace& at, int bytes, int producer, int lane) {
   wait(ring.empty(at.stage), at.phase ^ 1);
-  if (CODEGEMM_HAS_CLUSTERS && producer == 0 && lane == 0) expect_bytes(ring.full(at.stage), bytes);
+  if (producer == 0 && lane == 0) expect_bytes(ring.full(at.stage), bytes);
   __syncwarp();
 }
 
@@ -60,41 +60,18 @@ __device__ __forceinline__ void begin_fill(const Ring& ring, const RingPlace& at
 // held the kernels at 1.4 to 1.6 TB/s.
 __device__ __forceinline__ void copy_runs(const Ring& ring, const RingPlace& at, unsigned char* target, int target_step,
                                           const unsigned char* source, int64_t source_step, int runs, int bytes,
-                                          int producer, int lane) {
+                                          int producer) {
   uint32_t address = shared_address(target) + producer * target_step;
   source += producer * source_step;
-#if CODEGEMM_HAS_CLUSTERS
   if (!elect_lane()) return;
   const uint32_t barrier = ring.full(at.stage);
-#endif
   for (int i = producer; i < runs; i += kProducerWarps) {
-#if CODEGEMM_HAS_CLUSTERS
     copy_bulk(address, source, bytes, barrier);
-#else
-    for (int b = lane * 16; b < bytes; b += 512) copy_16(address + b, source + b);
-#endif
     address += kProducerWarps * target_step;
     source += kProducerWarps * source_step;
   }
 }
 
-__device__ __forceinline__ void end_fill(const Ring& ring, const RingPlace& at) {
-#if CODEGEMM_HAS_CLUSTERS
-  __syncwarp();
-#else
-  arrive_after_copies(ring.full(at.stage));
-#endif
-}
-
-// The float at a shared-memory address, summed over the blocks of the cluster in rank order.
-__device__ __forceinline__ float sum_over_cluster(uint32_t address, int size) {
-  float part[kMaxCluster];  // all loads first: their latency is paid once
-#pragma unroll
-  for (int r = 0; r < kMaxCluster; ++r) part[r] = r < size ? load_from_rank(address, r) : 0.0f;
-  float sum = 0;
-#pragma unroll
-  for (int r = 0; r < kMaxCluster; ++r) sum += part[r];
-  return sum;
-}
+__device__ __forceinline__ void end_fill() { __syncwarp(); }
 
 }  // namespace codegemm::cuda

@@ -35,6 +35,8 @@ struct Warp {
 
 struct Block;
 struct Thread {
+  std::vector<std::function<void()>> group;                // copies that the thread has not committed
+  std::vector<std::vector<std::function<void()>>> groups;  // and has not waited for
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Block* block = nullptr;
@@ -60,7 +62,6 @@ struct Cluster {
   std::vector<Thread> threads;
   Barrier barrier;
   std::vector<std::function<void()>> copies;  // started, not yet finished
-  bool copies_in_order = false;
   std::mt19937 random;
   ucontext_t scheduler;
   std::function<void()> kernel;
@@ -112,7 +113,7 @@ inline void run_thread() {
 }
 
 inline void finish_copy() {
-  const size_t i = cluster->copies_in_order ? 0 : cluster->random() % cluster->copies.size();
+  const size_t i = cluster->random() % cluster->copies.size();
   const auto copy = cluster->copies[i];
   cluster->copies.erase(cluster->copies.begin() + i);
   copy();
@@ -155,13 +156,12 @@ inline void schedule(Cluster& c) {
 }
 
 // Runs `kernel` (a call without arguments) on blocks x threads, cluster by cluster.
-inline void launch(int blocks, int threads, int cluster_size, int shared_bytes, unsigned seed, bool copies_in_order,
+inline void launch(int blocks, int threads, int cluster_size, int shared_bytes, unsigned seed,
                    const std::function<void()>& kernel) {
   for (int index = 0; index < blocks / cluster_size; ++index) {
     Cluster c;
     c.random.seed(seed + index);
     c.kernel = kernel;
-    c.copies_in_order = copies_in_order;
     c.index = index;
     c.size = cluster_size;
     c.blocks.resize(cluster_size);

@@ -77,10 +77,19 @@ inline void cluster_sync() {
   emulation::arrive_and_wait(emulation::cluster->barrier, int(emulation::cluster->threads.size()));
 }
 inline void cluster_sync_relaxed() { cluster_sync(); }
-inline float load_from_rank(uint32_t address, int rank) {
-  float value;
-  std::memcpy(&value, emulation::at((address & 0xffffff) | uint32_t(rank) << 24, 4), 4);
-  return value;
+inline void add_to(float& sum, float part) { sum += part; }
+inline void add_to(float4& sum, float4 part) {
+  sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+}
+template <typename Value>
+Value sum_over_cluster(uint32_t address, int size) {
+  Value sum = {};
+  for (int rank = 0; rank < size; ++rank) {
+    Value part;
+    std::memcpy(&part, emulation::at((address & 0xffffff) | uint32_t(rank) << 24, sizeof part), sizeof part);
+    add_to(sum, part);
+  }
+  return sum;
 }
 inline void allow_next_kernel() {}
 inline void wait_for_previous_kernel() {}
@@ -114,16 +123,30 @@ inline void copy_bulk(uint32_t target, const unsigned char* source, int bytes, u
     if (b->bytes == 0) emulation::complete(*b);
   });
 }
-inline void copy_16(uint32_t target, const unsigned char* source) {
-  if (reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("a misaligned copy");
-  emulation::cluster->copies.push_back([=] { std::memcpy(emulation::at(target, 16), source, 16); });
+template <typename T>
+void copy_16_or_zero(uint32_t target, const T* source, bool copies) {
+  if (copies && reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("a misaligned copy");
+  unsigned char* place = emulation::at(target, 16);
+  emulation::current->group.push_back([=] { copies ? std::memcpy(place, source, 16) : std::memset(place, 0, 16); });
 }
-inline void arrive_after_copies(uint32_t barrier) {
-  emulation::Barrier* b = &emulation::barrier_at(barrier);
-  emulation::cluster->copies.push_back([=] {  // copies end in order here
-    ++b->arrived;
-    emulation::complete(*b);
-  });
+inline void finish(std::vector<std::function<void()>>& group) {
+  for (const auto& copy : group) copy();
+  group.clear();
+}
+// At random a group arrives at once, or as late as it may.
+inline void commit_copies() {
+  auto& groups = emulation::current->groups;
+  groups.push_back(std::move(emulation::current->group));
+  emulation::current->group.clear();
+  if (emulation::cluster->random() % 2) finish(groups.back());
+}
+template <int kGroups>
+void wait_copies() {
+  auto& groups = emulation::current->groups;
+  while (groups.size() > kGroups) {
+    finish(groups.front());
+    groups.erase(groups.begin());
+  }
 }
 template <typename T>
 uint32_t load_fresh(const T* pair) {
@@ -131,11 +154,26 @@ uint32_t load_fresh(const T* pair) {
   std::memcpy(&value, pair, 4);
   return value;
 }
+template <typename T>
+uint4 load_fresh_16(const T* source) {
+  if (reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("a misaligned load");
+  uint4 value;
+  std::memcpy(&value, source, 16);
+  return value;
+}
+template <typename Words, typename T>
+Words load_weight(const T* source) {
+  if (reinterpret_cast<uintptr_t>(source) % sizeof(Words)) emulation::fail("a misaligned load");
+  Words value;
+  std::memcpy(&value, source, sizeof(Words));
+  return value;
+}
 inline void consumer_sync(int threads) {
   __syncwarp();
   emulation::arrive_and_wait(emulation::current->block->named[1], threads);
 }
 
+inline uint32_t from_lane(uint32_t value, int lane) { return emulation::meet("from_lane", &value, 1)[lane][0]; }
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
@@ -193,6 +231,17 @@ template <typename T>
 void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   multiply<T, 2>(d, words);
+}
+
+template <typename T>
+void mma_k16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  const uint32_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  multiply<T, 2>(d, words);
+}
+template <typename T>
+void mma_k16_first(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0;
+  mma_k16<T>(d, a, b0, b1);
 }
 
 }  // namespace codegemm::cuda
