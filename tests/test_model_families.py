@@ -104,11 +104,11 @@ def test_quantise_save_load_generate(kind, text, tmp_path):
 def rebuild(dense, model, packed):
     """The dense architecture in fp32 with every weight rebuilt from codes by the reference arithmetic."""
     rebuilt = type(dense)(dense.config).float().eval()
-    state = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in packed}
+    stored = model.state_dict()
+    state = {name: value for name, value in stored.items() if name.rpartition(".")[0] not in packed}
     state |= {f"{name}.bias": module.bias for name, module in packed.items() if module.bias is not None}
-    weights = {
-        name: reference.dequantize(module.codes, module.codebooks, module.scales) for name, module in packed.items()
-    }
+    parts = ("codes", "codebooks", "scales")
+    weights = {name: reference.dequantize(*(stored[f"{name}.{part}"] for part in parts)) for name in packed}
     for name in [n for n, m in rebuilt.named_modules() if isinstance(getattr(m, "gate_up_proj", None), torch.Tensor)]:
         for part in ("gate_up_proj", "down_proj"):
             experts = [key for key in weights if key.startswith(f"{name}.") and key.endswith(part)]
