@@ -43,6 +43,8 @@ class Section:
     """One column for each value of the key `column`, with `value` in the cells."""
     command: str = ""
     """What measured, where the file itself does not say."""
+    whole: bool = False
+    """The file is one row, and no list of rows is looked for in it."""
     picture: str | None = None
     """A picture that the measuring command drew, in docs/results."""
     chart: str | None = None
@@ -106,7 +108,7 @@ def page() -> str:
 def render(section: Section) -> Iterator[str]:
     """The parts of a section."""
     data = json.loads(section.source.read_text())
-    rows, data = rows_of(data), data if isinstance(data, dict) else {}
+    rows, data = [data] if section.whole else rows_of(data), data if isinstance(data, dict) else {}
     yield f"## {section.title}\n"
     if section.about:
         yield f"{section.about}\n"
