@@ -47,6 +47,8 @@ class Bench:
     """cuda, cuda:0 or cpu."""
     dtype: str = "float16"
     """Type of activations and of whatever is not codes: float16, bfloat16 or float32."""
+    head_bits: int | None = None
+    """Round the output head to 8 or 4 bits."""
     tokens: int = 64
     """New tokens a run."""
     runs: int = 5
@@ -71,6 +73,7 @@ def run(config: Bench) -> dict[str, Any]:
     """Time everything and write the files; returns the rows."""
     from codegemm_runtime.loading import choose_device
     from codegemm_runtime.random_models import SHAPES
+    from codegemm_runtime.rounding import round_head
 
     backends = [backend for backend in config.backends.split(",") if backend]
     backends = [one for backend in backends for one in (AQLM if backend == "aqlm" else (backend,))]
@@ -90,6 +93,8 @@ def run(config: Bench) -> dict[str, Any]:
         schemes = config.scheme if backend in ("engine", "transformers") and config.shape in SHAPES else ("",)
         for scheme in schemes:
             model = build(config, backend, scheme, device)
+            if config.head_bits is not None:
+                round_head(model, config.head_bits)
             for row in TIMERS[backend](config, model, rate):
                 row = {"shape": config.shape, "scheme": scheme or backend, "backend": backend} | row
                 result["rows"].append(row)
@@ -98,6 +103,8 @@ def run(config: Bench) -> dict[str, Any]:
             del model
             gc.collect()
             torch.cuda.empty_cache()
+    from decode_chart import draw
+
     draw(result["rows"], config.json.with_suffix(".png"))
     return {"rows": result["rows"]}
 
@@ -303,10 +310,9 @@ def synchronise(device: torch.device) -> None:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of weights that a step reads: layers, last norm and head, but of the embedding only a few rows."""
-    head = model.get_output_embeddings().weight
-    embedding = model.get_input_embeddings().weight
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
     size = sum(parameter.nbytes for parameter in model.parameters() if parameter is not embedding)
-    return size + (head.nbytes if head is embedding else 0)
+    return size + (embedding.nbytes if getattr(head, "weight", None) is embedding else 0)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -321,29 +327,6 @@ def copy_rate(device: torch.device) -> float:
         synchronise(device)
         seconds.append(time.perf_counter() - start)
     return 2 * source.numel() / min(seconds)
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens a second of each backend, scheme and context over the batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    lines: dict[str, list[tuple[float, ...]]] = {}
-    for row in rows:
-        if "batch" in row:
-            line = lines.setdefault(f"{row['backend']} {row['scheme']}, context {row['context']}", [])
-            line.append((row["batch"], row["tokens_per_second"], row["tokens_per_second_std"]))
-    for label, line in lines.items():
-        axes.errorbar(*zip(*sorted(line), strict=True), marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("sequences at a time")
-    axes.set_ylabel("tokens a second")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times codegemm::gemm against the bytes it reads and against other kernels: table, JSON file, roofline chart.
 
-Every call is one of a CUDA graph of calls on different random weights, more of them than the L2 cache holds, so codes
-come from memory as they do while a model decodes. Times are medians over replays of the graph.
+On a GPU every call is one of a CUDA graph of calls on different random weights, more of them than the L2 cache holds,
+so codes come from memory as they do while a model decodes. Times are medians over replays of the graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ WEIGHT_BYTES = 320e6  # of codes in one graph: 5 times the L2 of an H200
 DENSE_BYTES = 1e9
 REPLAYS = 11
 PEERS = ("stream", "dense", "aqlm")
+SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096", "8192x8192", "10240x8192", "8192x28672", "57344x8192")
+CPU_SHAPES = ("8192x2048", "2048x8192", "14336x4096", "4096x14336")
 
 
 @dataclass(frozen=True)
@@ -30,26 +32,21 @@ class Bench:
     json: Path
     """File for all rows; the chart goes beside it as .png."""
     device: str = "cuda"
-    """The GPU to time on."""
-    shapes: tuple[str, ...] = (
-        "4096x4096",
-        "6144x4096",
-        "4096x14336",
-        "28672x4096",
-        "8192x8192",
-        "10240x8192",
-        "8192x28672",
-        "57344x8192",
-    )
-    """Matrices, as NxK; 4096+1024+1024x4096 are three that share x, timed in one grouped call and as one matrix."""
+    """The GPU to time on, or cpu."""
+    shapes: tuple[str, ...] = ()
+    """Matrices, as NxK; on a GPU 4096+1024+1024x4096 are three that share x, timed in one grouped call and as one
+    matrix. Default: eight of the Llamas, and on the CPU four smaller ones."""
     schemes: tuple[str, ...] = ("m1v4g128", "m2v8g128")
     """Codebooks, vector length and scale group size."""
     batches: tuple[int, ...] = (1, 2, 8, 16, 64)
     """Rows of x."""
     peers: str = "dense,stream"
-    """What to time beside it: dense (torch's linear), stream (reading the same codes), aqlm (its package's kernels)."""
+    """What to time beside it: dense (torch's linear), stream (reading the same codes; on the CPU always), aqlm (its
+    package's kernels)."""
     dtype: str = "float16"
-    """Type of activations, codebooks and scales: float16 or bfloat16."""
+    """Type of activations, codebooks and scales: float16 or bfloat16; on the CPU also float32."""
+    threads: tuple[int, ...] = (1, 2)
+    """Threads, on the CPU."""
     debug: bool = False
     """Show the traceback of a failure."""
 
@@ -71,6 +68,8 @@ def run(config: Bench) -> dict[str, Any]:
     peers = [peer for peer in config.peers.split(",") if peer]
     if set(peers) - set(PEERS):
         raise BadInput(f"unknown peers in {config.peers!r}: choose from {', '.join(PEERS)}")
+    if config.device == "cpu":
+        return finish(config, run_on_cpu(config, peers))
     if config.dtype not in ("float16", "bfloat16"):
         raise BadInput(f"dtype {config.dtype!r} has no fast kernel: choose float16 or bfloat16")
     if not torch.cuda.is_available():
@@ -82,18 +81,46 @@ def run(config: Bench) -> dict[str, Any]:
     rate = read_rate(device)
     print(f"{torch.cuda.get_device_name(device)}, reads at {rate / 1e12:.2f} TB/s", file=sys.stderr)
     rows = []
-    for shape in config.shapes:
+    for shape in config.shapes or SHAPES:
         rows_of, K = parse_shape(shape)
         dense_us = {
             b: time_dense(sum(rows_of), K, b, config, device) if "dense" in peers else None for b in config.batches
         }
         for scheme in config.schemes:
             rows += time_scheme(rows_of, K, scheme, config, peers, dense_us, rate, device)
+    return finish(config, {"device": torch.cuda.get_device_name(device), "read_rate": rate, "rows": rows})
+
+
+def run_on_cpu(config: Bench, peers: list[str]) -> dict[str, Any]:
+    """The result of a run on the CPU."""
+    from cpu_kernel_times import time_shape
+
+    from codegemm_kernels import CodebookScheme
+    from codegemm_kernels.errors import BadInput
+    from codegemm_kernels.ops import available_kernels
+
+    if config.dtype not in ("float16", "bfloat16", "float32"):
+        raise BadInput(f"dtype {config.dtype!r} is not supported: choose float16, bfloat16 or float32")
+    rows: list[dict[str, Any]] = []
+    for threads in config.threads:
+        for shape in config.shapes or CPU_SHAPES:
+            (N,), K = parse_shape(shape)
+            for scheme in map(CodebookScheme.parse, config.schemes):
+                rows += time_shape(N, K, scheme, config.batches, threads, peers, getattr(torch, config.dtype))
+    rate = max(row["bytes"] / row["least_stream_us"] * 1e6 for row in rows)
+    for row in rows:
+        row["floor_us"] = row["bytes"] / rate * 1e6
+    return {"device": f"cpu, {available_kernels()[0]}", "read_rate": rate, "rows": rows}
+
+
+def finish(config: Bench, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the files; returns the rows."""
     config.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "read_rate": rate, "rows": rows}
-    config.json.write_text(json.dumps(result, indent=1) + "\n")
-    draw(rows, config.json.with_suffix(".png"))
-    return {"rows": rows}
+    config.json.write_text(json.dumps({"torch": torch.__version__} | result, indent=1) + "\n")
+    from kernel_chart import draw
+
+    draw(result["rows"], config.json.with_suffix(".png"))
+    return {"rows": result["rows"]}
 
 
 def parse_shape(shape: str) -> tuple[list[int], int]:
@@ -306,39 +333,6 @@ def time_aqlm(x: Tensor, N: int, scheme: Any, copies: int) -> float | None:
         graph_time(lambda i, kernel=kernel: kernel(x, codes[i % copies], codebooks, scales, None), copies)
         for kernel in kernels
     )
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Achieved bandwidth of codes and scales over bytes, one line a scheme and batch, with the memory's ceiling."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    batches, schemes = sorted({row["batch"] for row in rows}), sorted({row["scheme"] for row in rows})
-    colours = dict(
-        zip(batches, pyplot.get_cmap("viridis")([i / len(batches) for i in range(len(batches))]), strict=True)
-    )
-    markers = dict(zip(schemes, "osv^Dx+*" * len(schemes), strict=False))
-    for scheme, batch in sorted({(row["scheme"], row["batch"]) for row in rows}):
-        line = sorted(
-            (row["floor_us"], row["floor_us"] / row["us"])
-            for row in rows
-            if (row["scheme"], row["batch"]) == (scheme, batch)
-        )
-        style = {"color": colours[batch], "marker": markers[scheme], "label": f"{scheme}, batch {batch}"}
-        axes.plot([x for x, _ in line], [y for _, y in line], linewidth=1, **style)
-    streams = sorted({(row["floor_us"], row["floor_us"] / row["stream_us"]) for row in rows if row["stream_us"]})
-    if streams:
-        axes.plot([x for x, _ in streams], [y for _, y in streams], "k--", label="reading the codes only")
-    axes.axhline(1, color="grey")
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes of codes and scales, in microseconds at read speed")
-    axes.set_ylabel("share of read speed reached")
-    axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def assert_one_sentence(status: int, stdout: str, stderr: str, *parts: str) -> N
 
 
 def test_generate_in_a_process_of_its_own(run_python: Run, folder: Path) -> None:
-    options = ("--prompt", "hello there", "--max-new-tokens", "9", "--device", "cpu")
+    options = ("--prompt", "hello there", "--max-new-tokens", "9", "--device", "cpu", "--head-bits", "8")
     result = run_python(*SCRIPT, "generate", str(folder), *options)
     assert result.returncode == 0, result.stderr
     summary = last_json(result.stdout)
@@ -67,6 +67,7 @@ def test_bad_input_in_a_process_of_its_own(run_python: Run) -> None:
         (("generate", "{folder}", "--prompt", ""), ("prompt is empty",)),
         (("generate", "{folder}", "--prompt", "x" * 100), ("100 tokens", "holds 64")),
         (("generate", "{folder}", "--prompt", "x", "--device", "gpu"), ("gpu",)),
+        (("generate", "{folder}", "--prompt", "x", "--head-bits", "3"), ("8 or 4 bits, not to 3",)),
         (("generate", "{folder}", "--prompt", "x", "--temperature", "-1"), ("temperature",)),
         (("generate", "{folder}"), ("--prompt TEXT or --prompts FILE",)),
         (("generate", "{folder}", "--prompt", "x", "--out", "x.jsonl"), ("--out needs --prompts",)),

@@ -34,13 +34,21 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_model(
-    folder: Path | str, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+    folder: Path | str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    head_bits: int | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, checked against its safetensors headers before any weight is read.
 
     `folder` is a checkpoint folder or a hub name. `device` None takes the GPU when there is one, "auto" spreads the
-    model over what is there. `dtype` "auto" is the one of config.json. Raises BadInput or CheckpointError.
+    model over what is there. `dtype` "auto" is the one of config.json. `head_bits` 8 or 4 rounds a dense output head
+    (`rounding.round_head`). Raises BadInput or CheckpointError.
     """
+    from codegemm_runtime.rounding import SCHEMES, round_head
+
+    if head_bits is not None and head_bits not in SCHEMES:
+        raise BadInput(f"the head can be rounded to {' or '.join(map(str, SCHEMES))} bits, not to {head_bits}")
     folder = resolve_folder(folder)
     target = "auto" if device == "auto" else choose_device(device)
     # Below what can fail at once, since importing transformers takes seconds.
@@ -65,6 +73,8 @@ def load_model(
         raise
     except Exception as error:  # a config.json that makes a model, but none that transformers can load
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {error}") from error
+    if head_bits is not None:
+        round_head(model, head_bits)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from codegemm_runtime.linear import tile_linears
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -63,6 +65,7 @@ def random_model(
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers are in no checkpoint
     for name, parameter in model.named_parameters():
         _fill(name, parameter.data)
+    tile_linears(model)
     random: PreTrainedModel = model.requires_grad_(False)
     return random
 

@@ -1,0 +1,97 @@
+"""The CPU half of bench_kernels: products, a plain read of as many bytes and torch's dense product, in turn.
+
+The machine is shared, so what is compared is timed in the same loop. Every call takes the next of enough copies of its
+operands that they come from memory and not from a cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegemm_kernels import CodebookScheme, ops, reference
+
+CACHE_BYTES = 160 << 20  # five times the last-level cache of the machine that docs/log.md is about
+DENSE_BYTES = 400 << 20
+SECONDS = 1.0  # for each row
+MIN_ROUNDS = 15
+
+
+def time_shape(
+    N: int, K: int, scheme: CodebookScheme, batches: tuple[int, ...], threads: int, peers: list[str], dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Rows of one matrix in one scheme, one a batch size, on `threads` threads."""
+    torch.set_num_threads(threads)
+    shapes = scheme.shapes(N, K)
+    codes = torch.randint(-(2**31), 2**31, shapes["codes"]).to(torch.int32)
+    codebooks = (torch.randn(shapes["codebooks"]) / 2).to(dtype)
+    scale = (0.02 + 0.005 * torch.randn(shapes["scales"])).to(dtype)
+    copies = max(2, CACHE_BYTES // codes.nbytes)
+    tiled = [ops.tile(codes, scheme.vector_length, len(scale)) for _ in range(copies)]
+    scales = [scale.clone() for _ in range(copies)]
+    zeros = [torch.zeros((codes.nbytes + scale.nbytes) // 4) for _ in range(copies)]
+    dense = {
+        name: [torch.randn(N, K).to(kind) for _ in range(max(2, DENSE_BYTES // (N * K * kind.itemsize)))]
+        for name, kind in (("dense", torch.bfloat16), ("dense_fp32", torch.float32))
+        if "dense" in peers
+    }
+    rows = []
+    for batch in batches:
+        x = torch.randn(batch, K).to(dtype)
+        calls: dict[str, Callable[[int], object]] = {
+            "us": lambda i, x=x: ops.gemm(x, tiled[i % copies], codebooks, scales[i % copies]),
+            "stream_us": lambda i: zeros[i % copies].sum(),
+        }
+        for name, weights in dense.items():
+            inputs = x.to(weights[0].dtype)
+            calls[f"{name}_us"] = lambda i, weights=weights, inputs=inputs: torch.nn.functional.linear(
+                inputs, weights[i % len(weights)]
+            )
+        times = in_turn(calls)
+        row = {"shape": f"{N}x{K}", "scheme": str(scheme), "batch": batch, "threads": threads}
+        row |= {name: statistics.median(each) for name, each in times.items()}
+        row |= {f"least_{name}": min(each) for name, each in times.items()}
+        rows.append(row | {"bytes": codes.nbytes + scale.nbytes, "relative_error": error(x, codes, codebooks, scale)})
+        say(rows[-1])
+    return rows
+
+
+def in_turn(calls: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
+    """Microseconds of the calls, each in its turn, round after round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    start = time.perf_counter()
+    for i in range(10**6):
+        if i >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
+            break
+        for name, call in calls.items():
+            begin = time.perf_counter_ns()
+            call(i)
+            times[name].append((time.perf_counter_ns() - begin) / 1e3)
+    return times
+
+
+def error(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> float:
+    """|y - exact| / |exact| in Euclidean norms."""
+    y = ops.gemm(x[:8], codes, codebooks, scales).double()
+    exact = reference.gemm(x[:8].double(), codes, codebooks.double(), scales.double())
+    return float((y - exact).norm() / exact.norm())
+
+
+def say(row: dict[str, Any]) -> None:
+    """One line of the table: medians, and the ratio of medians and of least times."""
+    dense = f"dense bf16 {row['dense_us']:8.0f}  fp32 {row['dense_fp32_us']:8.0f}" if "dense_us" in row else ""
+    ratio = f"{row['us'] / row['stream_us']:5.2f} x stream ({row['least_us'] / row['least_stream_us']:.2f} of least)"
+    print(
+        f"{row['shape']:>12} {row['scheme']:>9} batch {row['batch']:>4} threads {row['threads']} {row['us']:8.0f} us  "
+        f"{ratio}  {dense}  error {row['relative_error']:.1e}",
+        file=sys.stderr,
+        flush=True,
+    )
