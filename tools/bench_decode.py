@@ -103,7 +103,7 @@ def run(config: Bench) -> dict[str, Any]:
             del model
             gc.collect()
             torch.cuda.empty_cache()
-    from decode_chart import draw
+    from bench.decode_chart import draw
 
     draw(result["rows"], config.json.with_suffix(".png"))
     return {"rows": result["rows"]}

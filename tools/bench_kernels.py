@@ -93,7 +93,7 @@ def run(config: Bench) -> dict[str, Any]:
 
 def run_on_cpu(config: Bench, peers: list[str]) -> dict[str, Any]:
     """The result of a run on the CPU."""
-    from cpu_kernel_times import time_shape
+    from bench.cpu_kernels import time_shape
 
     from codegemm_kernels import CodebookScheme
     from codegemm_kernels.errors import BadInput
@@ -117,7 +117,7 @@ def finish(config: Bench, result: dict[str, Any]) -> dict[str, Any]:
     """Write the files; returns the rows."""
     config.json.parent.mkdir(parents=True, exist_ok=True)
     config.json.write_text(json.dumps({"torch": torch.__version__} | result, indent=1) + "\n")
-    from kernel_chart import draw
+    from bench.kernel_chart import draw
 
     draw(result["rows"], config.json.with_suffix(".png"))
     return {"rows": result["rows"]}
