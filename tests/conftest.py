@@ -39,6 +39,11 @@ def reproduce_tool() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def soak_tool() -> ModuleType:
+    return load_tool("soak")
+
+
+@pytest.fixture(scope="session")
 def read_docs() -> ModuleType:
     return load_tool("read_docs")
 

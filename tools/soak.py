@@ -7,6 +7,7 @@ compared with those of transformers' generate, sampled ones with the first answe
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -120,7 +121,7 @@ def serve(served: Run, requests: int) -> tuple[list[float], list[int]]:
 
     seconds, rss = [], []
     kinds, weights = list(KINDS), [weight for _, weight in KINDS.values()]
-    for _ in tqdm(range(requests), desc="serve", unit="request", dynamic_ncols=True):
+    for number in tqdm(range(requests), desc="serve", unit="request", dynamic_ncols=True):
         (kind,) = served.chooser.choices(kinds, weights)
         start = time.perf_counter()
         try:
@@ -128,6 +129,8 @@ def serve(served: Run, requests: int) -> tuple[list[float], list[int]]:
         finally:
             seconds.append(time.perf_counter() - start)
         served.kinds[kind] += 1
+        if number % max(requests // SAMPLES, 1) == 0:
+            ctypes.CDLL(None).malloc_trim(0)  # free memory that the allocator keeps would hide a leak
         rss.append(resident_bytes())
     return seconds, rss
 
@@ -336,7 +339,7 @@ def draw(seconds: list[float], rss: list[int], path: Path) -> None:
     figure, (memory, latency) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True)
     memory.plot([each / 2**20 for each in rss])
     memory.axvspan(0, WARM_UP * len(rss), color="0.92")
-    memory.set_ylim(0, None)
+    memory.set_ylim(0, 1.2 * max(rss) / 2**20)
     memory.set_ylabel("resident memory, MiB")
     latency.plot([1e3 * each for each in seconds], ".", markersize=1)
     latency.set_yscale("log")
