@@ -29,6 +29,7 @@ def outcome(read_docs, request, tmp_path_factory):
     return dict.fromkeys(asked, "") | read_docs.read_pages(pages, tmp_path_factory.mktemp("reader"), jobs=2)
 
 
+@pytest.mark.timeout(1800)  # the first one waits for all pages: 90 s on two quiet cores, several minutes on busy ones
 @pytest.mark.parametrize("name", PAGES)
 def test_blocks_run(name, outcome):
     assert not outcome[name], outcome[name][-4000:]
