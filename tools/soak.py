@@ -31,8 +31,7 @@ BUNDLED = ROOT / "models" / "pylm-4m"
 CONTEXT, BATCH, LONGEST_ANSWER = 96, 4, 16
 WARM_UP = 0.2
 """Part of the run after which memory is to stay where it is: caches of allocators and libraries are full then."""
-SAMPLES = 200
-"""Points of memory and time in the result and its chart."""
+SAMPLES = 200  # points of memory and time in the result
 
 
 @dataclass(frozen=True)
@@ -342,9 +341,7 @@ def draw(seconds: list[float], rss: list[int], path: Path) -> None:
     memory.set_ylim(0, 1.2 * max(rss) / 2**20)
     memory.set_ylabel("resident memory, MiB")
     latency.plot([1e3 * each for each in seconds], ".", markersize=1)
-    latency.set_yscale("log")
-    latency.set_ylabel("milliseconds of a request")
-    latency.set_xlabel("request (grey: warm-up)")
+    latency.set(yscale="log", ylabel="milliseconds of a request", xlabel="request (grey: warm-up)")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

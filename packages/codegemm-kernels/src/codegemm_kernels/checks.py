@@ -62,6 +62,13 @@ def check_weight(codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[int,
     return out_features, vectors * vector_length, num_groups
 
 
+def check_devices(*tensors: Tensor | None) -> None:
+    """Raise BadInput for tensors on several devices. For fakes: `get_device` is -1 for cpu and meta alike."""
+    devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
+    if len(devices) > 1:
+        raise BadInput(f"the tensors of a product are on {' and '.join(devices)}: move them to one device")
+
+
 def check_input(x: Tensor, bias: Tensor | None, codes: Tensor, codebooks: Tensor, N: int, K: int) -> None:
     """Raise BadInput unless x [..., K] and bias [N] fit a matrix of N x K."""
     dtype, device = codebooks.dtype, codes.get_device()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codegemm_kernels import _C, reference
-from codegemm_kernels.checks import DTYPES, check_group, check_input, check_tiling, check_weight
+from codegemm_kernels.checks import DTYPES, check_devices, check_group, check_input, check_tiling, check_weight
 from codegemm_kernels.errors import BadInput
 from codegemm_kernels.scheme import CODES_PER_WORD
 
@@ -236,6 +236,7 @@ def _gemm_grouped_fake(
 
 
 def _gemm_fake(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_devices(x, codes, codebooks, scales, bias)
     N, K, _ = check_weight(codes, codebooks, scales)
     check_input(x, bias, codes, codebooks, N, K)
     return _new_output(x, N)
@@ -256,6 +257,7 @@ def _dequantize_cuda(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor
 
 
 def _dequantize_fake(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    check_devices(codes, codebooks, scales)
     N, K, _ = check_weight(codes, codebooks, scales)
     return codebooks.new_empty((N, K))
 
