@@ -33,6 +33,10 @@ test:  ## Run all tests
 docs:  ## Build the documentation site into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 uv run --isolated --locked --only-group docs mkdocs build --strict --quiet
 
+fuzz:  ## Many more cases than the suite has: hypothesis for all, atheris (of its own environment) for file headers
+	uv run --no-sync pytest -k fuzz --hypothesis-profile=fuzz --timeout=0
+	uv run --no-sync --with atheris tests/fuzz/headers.py -max_total_time=300
+
 quickstart:  ## Quantise the bundled model and compare it with the dense one
 	uv run tools/quickstart.py
 
