@@ -61,7 +61,7 @@ def test_every_number_of_rows(device, dtype, scheme, make_weight):
         check(x[:rows], weight)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512vbmi"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512vbmi", "neon"])
 def instruction_set(request):
     """Each instruction set with kernels; a processor without one runs its best again."""
     best = _C.cpu_features()

@@ -31,7 +31,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instruction_sets() -> list[str]:
     """Those of this processor."""
     best = _C.cpu_features()
-    found = [name for name in ("portable", "avx2", "avx512vbmi") if _C.limit_cpu_features(name=name)]
+    found = [name for name in ("portable", "avx2", "avx512", "avx512vbmi", "neon") if _C.limit_cpu_features(name=name)]
     assert _C.limit_cpu_features(name=best)
     return found
 

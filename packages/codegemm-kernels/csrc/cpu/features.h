@@ -1,9 +1,14 @@
-// What this processor can run; decided once, at the first call.
+// What this processor can run; decided once, at the first call. The environment variable CODEGEMM_CPU names a lesser
+// instruction set to use.
 #pragma once
 
 namespace codegemm::cpu {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512Vbmi };
+#if defined(__aarch64__)
+enum class InstructionSet { kPortable, kNeon };
+#else
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Vbmi };
+#endif
 
 InstructionSet instruction_set();
 const char* features();

@@ -168,8 +168,13 @@ const PsumbookKernel& psumbook_kernel() {
 #if defined(__x86_64__)
     case InstructionSet::kAvx512Vbmi:
       return vbmi::kPsumbook;
+    case InstructionSet::kAvx512:
+      return avx512::kPsumbook;
     case InstructionSet::kAvx2:
       return avx2::kPsumbook;
+#elif defined(__aarch64__)
+    case InstructionSet::kNeon:
+      return neon::kPsumbook;
 #endif
     default:
       return portable::kPsumbook;

@@ -58,6 +58,12 @@ extern const PsumbookKernel kPsumbook;
 namespace avx2 {
 extern const PsumbookKernel kPsumbook;
 }
+namespace avx512 {
+extern const PsumbookKernel kPsumbook;
+}
+namespace neon {
+extern const PsumbookKernel kPsumbook;
+}
 namespace vbmi {
 extern const PsumbookKernel kPsumbook;
 }

@@ -4,7 +4,7 @@ has_cuda: bool
 """Whether the CUDA kernels were compiled in; `gemm_cuda` and `dequantize_cuda` exist only then."""
 
 def cpu_features() -> str:
-    """The instruction set whose kernels are used: `avx512vbmi`, `avx2` or `portable`."""
+    """The instruction set whose kernels are used: `avx512vbmi`, `avx512`, `avx2`, `neon` or `portable`."""
 
 def limit_cpu_features(*, name: str) -> bool:
     """Use a lesser instruction set, to test all kernels on one machine; false if it has none of this name."""
