@@ -19,8 +19,9 @@ from codegemm_kernels.scheme import CODES_PER_WORD
 # On the CPU, x with many rows is multiplied by dequantised panels of W: see docs/log.md, CPU kernels.
 _MIN_PANEL_FEATURES = 256  # below, the kernel is quicker than the calls to torch
 _PANEL_BYTES = 4 << 20
-# On a GPU the same from these row counts on: the tensor-core kernel takes up to 64 rows at a time, fp32 has none.
-_MAX_CUDA_ROWS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 8}
+# On a GPU the same from these row counts on. The tensor-core kernel takes up to 64 rows at a time, and two such rounds
+# cost less than panels (docs/log.md); fp32 has none.
+_MAX_CUDA_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 8}
 _CUDA_PANEL_BYTES = 32 << 20  # stays in the L2 of an H200 (60 MB) between its two uses; at most half a matrix
 _NO_CUDA = (
     "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
