@@ -269,27 +269,12 @@ def draw_tuning(axes: Axes, rows: list[Row]) -> None:
     axes.set_ylabel("KL from the dense model, held-out text")
 
 
-def draw_cpu(axes: Axes, rows: list[Row]) -> None:
-    """Time of one product on a CPU as bars: ours, torch, and reading the codes alone."""
-    names = {"ours": "codes", "bfloat16": "torch bf16", "float32": "torch fp32", "read": "reading the codes"}
-    for at, (key, label) in enumerate(names.items()):
-        values = [row.get(key) or 0 for row in rows]
-        axes.barh([i + 0.2 * at for i in range(len(rows))], values, height=0.2, label=label)
-    labels = [f"{row['shape']} {row['scheme']}, {row['threads']} threads" for row in rows]
-    axes.set_yticks([i + 0.3 for i in range(len(rows))], labels, fontsize="x-small")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.invert_yaxis()
-    axes.set_xlabel("microseconds")
-
-
 CHARTS: dict[str, Callable[[Axes, list[Row]], None]] = {
     "product": draw_product,
     "prefill": draw_prefill,
     "decode": draw_decode,
     "gap_by_bits": draw_gap_by_bits,
     "tuning": draw_tuning,
-    "cpu": draw_cpu,
 }
 """By the name that page.toml calls them."""
 
