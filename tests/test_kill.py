@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def start() -> Callable[..., ForkServerProcess]:
+def start() -> Iterator[Callable[..., ForkServerProcess]]:
     """Begin a function in a process of its own, from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["codegemm_quant.pv.tune", "codegemm_runtime.convert.conversion", "tensorboard"])
@@ -90,7 +90,9 @@ def start() -> Callable[..., ForkServerProcess]:
         process.start()
         return process
 
-    return start_process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent)  # where the process finds this module by its name
+        yield start_process
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +142,10 @@ def test_killed_while_it_writes(
 def state_of(folder: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of all files below a folder that others are writing to."""
     found = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            found.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+    for where, _, names in os.walk(folder):  # rglob raises when a folder vanishes meanwhile
+        for path in (Path(where, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The roofline chart of bench_kernels."""
+"""The charts of bench_kernels: a roofline, and for a CPU the time over that of a plain read."""
 
 from __future__ import annotations
 
@@ -36,4 +36,31 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("share of read speed reached")
     axes.set_ylim(0, 1.05)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def draw_ratios(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time of one row of x over that of reading the codes and scales, by shape, scheme and threads."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = [row for row in rows if row["batch"] == min(row["batch"] for row in rows)]
+    shapes = list(dict.fromkeys(row["shape"] for row in first))
+    kinds = list(dict.fromkeys((row["scheme"], row["threads"]) for row in first))
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    width = 0.8 / len(kinds)
+    for at, (scheme, threads) in enumerate(kinds):
+        ratios = {
+            row["shape"]: row["us"] / row["stream_us"]
+            for row in first
+            if (row["scheme"], row["threads"]) == (scheme, threads)
+        }
+        places = [i + (at - (len(kinds) - 1) / 2) * width for i in range(len(shapes))]
+        axes.bar(places, [ratios[shape] for shape in shapes], width, label=f"{scheme}, threads: {threads}")
+    axes.axhline(1, color="grey")
+    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_ylabel("time / time of a plain read")
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
