@@ -108,26 +108,25 @@ Pool& pool() {
 // and Intel's runtimes also offer.
 using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-struct Phase {
+struct alignas(64) Progress {
   std::atomic<int64_t> next{0}, done{0};
 };
 
 struct Work {
-  std::vector<Phase> phases;
-  const std::function<int64_t(int64_t)>& count;
-  const std::function<void(int64_t, int64_t)>& task;
+  const Phases& phases;
+  std::vector<Progress> progress;
 };
 
 // What every thread does. One that comes late, or never, holds nobody up: the others take its tasks.
 void take_part(Work& work) {
-  for (size_t p = 0; p < work.phases.size(); ++p) {
-    Phase& phase = work.phases[p];
-    const int64_t count = work.count(int64_t(p));
-    for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      work.task(int64_t(p), i);
-      phase.done.fetch_add(1, std::memory_order_release);
+  for (size_t p = 0; p < work.progress.size(); ++p) {
+    Progress& progress = work.progress[p];
+    const int64_t count = work.phases.tasks(int64_t(p));
+    for (int64_t i; (i = progress.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      work.phases.run(int64_t(p), i);
+      progress.done.fetch_add(1, std::memory_order_release);
     }
-    for (int spin = 0; phase.done.load(std::memory_order_acquire) < count; ++spin) {
+    for (int spin = 0; progress.done.load(std::memory_order_acquire) < count; ++spin) {
       if (spin < kSpins) {
         pause();
       } else {
@@ -151,25 +150,34 @@ void run_team(int threads, Work& work) {
   shared.run(threads, threads - 1, [&](int64_t) { take_part(work); });
 }
 
+class Loop : public Phases {
+ public:
+  Loop(int64_t count, const std::function<void(int64_t)>& task) : count_(count), task_(task) {}
+  int64_t phases() const override { return 1; }
+  int64_t tasks(int64_t) const override { return count_; }
+  void run(int64_t, int64_t task) const override { task_(task); }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)>& task_;
+};
+
 }  // namespace
 
-void parallel_phases(int64_t phases, int threads, const std::function<int64_t(int64_t)>& count,
-                     const std::function<void(int64_t, int64_t)>& task) {
+void parallel_phases(const Phases& phases, int threads) {
   threads = std::min(threads, kMaxThreads);
   if (threads > 1) {
-    Work work{std::vector<Phase>(size_t(phases)), count, task};
+    Work work{phases, std::vector<Progress>(size_t(phases.phases()))};
     return run_team(threads, work);
   }
-  for (int64_t phase = 0; phase < phases; ++phase) {
-    const int64_t tasks = count(phase);
-    for (int64_t i = 0; i < tasks; ++i) task(phase, i);
+  for (int64_t phase = 0; phase < phases.phases(); ++phase) {
+    const int64_t tasks = phases.tasks(phase);
+    for (int64_t i = 0; i < tasks; ++i) phases.run(phase, i);
   }
 }
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  parallel_phases(
-      1, static_cast<int>(std::min<int64_t>(threads, count)), [=](int64_t) { return count; },
-      [&](int64_t, int64_t i) { task(i); });
+  parallel_phases(Loop(count, task), static_cast<int>(std::min<int64_t>(threads, count)));
 }
 
 }  // namespace codegemm::cpu

@@ -9,9 +9,17 @@ namespace codegemm::cpu {
 // Which thread runs which i is not fixed, so a task may write only what belongs to its i.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
-// The same for several phases, one after the other: task(phase, i) for each i in [0, count(phase)). A phase starts when
-// all tasks of the one before are done. Threads are started once for all phases.
-void parallel_phases(int64_t phases, int threads, const std::function<int64_t(int64_t)>& count,
-                     const std::function<void(int64_t, int64_t)>& task);
+// Work in phases, one after the other: run(phase, i) for each i in [0, tasks(phase)). A phase starts when all tasks of
+// the one before are done; tasks(phase) is asked for then, by every thread, and must be the same for all.
+class Phases {
+ public:
+  virtual ~Phases() = default;
+  virtual int64_t phases() const = 0;
+  virtual int64_t tasks(int64_t phase) const = 0;
+  virtual void run(int64_t phase, int64_t task) const = 0;
+};
+
+// Does all phases on up to `threads` threads, which are started once.
+void parallel_phases(const Phases& work, int threads);
 
 }  // namespace codegemm::cpu

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <deque>
 #include <memory>
 #include <new>
 #include <vector>
@@ -47,17 +46,9 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// The caller's memory for the shared parts of a product.
-Scratch& scratch(size_t place) {
-  thread_local std::deque<Scratch> memory;
-  while (memory.size() <= place) memory.emplace_back();
-  return memory[place];
-}
-
 class Product {
  public:
-  // `place` tells products of one call apart.
-  Product(const Gemm& call, const PsumbookKernel& kernel, int threads, int place)
+  Product(const Gemm& call, const PsumbookKernel& kernel, int threads)
       : call_(call),
         kernel_(kernel),
         weight_(call.weight),
@@ -66,10 +57,15 @@ class Product {
         parts_(std::min(tiling_.segments(), kParts)),
         ranges_(threads == 1 ? 1
                              : std::clamp<int64_t>(kTasksPerThread * threads / parts_, 1, 1 + tiling_.blocks() / 8)),
-        padded_(tiling_.blocks() * kTileRows) {
-    prepared_ = scratch(2 * place).get<float>(int64_t(weight_.num_codebooks) * weight_.vector_length * 384 + 16);
-    sums_ = scratch(2 * place + 1).get<float>(parts_ * std::min<int64_t>(kMaxTokens, call.rows) * padded_);
-    kernel.prepare(weight_, prepared_);
+        padded_(tiling_.blocks() * kTileRows) {}
+
+  int64_t prepared_floats() const { return int64_t(weight_.num_codebooks) * weight_.vector_length * 384 + 16; }
+  int64_t sums_floats() const { return parts_ * std::min<int64_t>(kMaxTokens, call_.rows) * padded_; }
+
+  void prepare(float* prepared, float* sums) {
+    prepared_ = prepared;
+    sums_ = sums;
+    kernel_.prepare(weight_, prepared_);
   }
 
   // Phase 2b is lookups for the b-th few rows of x, phase 2b + 1 adds up their parts.
@@ -150,15 +146,56 @@ class Product {
                   bias == nullptr ? nullptr : bias + n * element_, y, weight_.dtype, rows);
   }
 
-  const Gemm& call_;
+  const Gemm call_;
   const PsumbookKernel& kernel_;
-  const Weight& weight_;
+  const Weight weight_;
   const Tiling tiling_;
   const int element_;     // bytes of a float
   const int64_t parts_;   // of K
   const int64_t ranges_;  // of the rows
   const int64_t padded_;  // N rounded up to whole blocks
-  float *prepared_, *sums_;
+  float *prepared_ = nullptr, *sums_ = nullptr;
+};
+
+class Group : public Products {
+ public:
+  Group(const Gemm* calls, int count, int threads) {
+    for (int i = 0; i < count; ++i) products_.emplace_back(calls[i], psumbook_kernel(), threads);
+  }
+
+  int64_t prepared_floats() const override { return total(&Product::prepared_floats); }
+  int64_t sums_floats() const override { return total(&Product::sums_floats); }
+
+  void prepare(float* prepared, float* sums) override {
+    for (Product& product : products_) {
+      product.prepare(prepared, sums);
+      prepared += product.prepared_floats();
+      sums += product.sums_floats();
+    }
+  }
+
+  int64_t phases() const override { return products_[0].phases(); }
+
+  int64_t tasks(int64_t phase) const override {
+    int64_t tasks = 0;
+    for (const Product& product : products_) tasks += product.tasks(phase);
+    return tasks;
+  }
+
+  void run(int64_t phase, int64_t task) const override {
+    const Product* product = products_.data();
+    while (task >= product->tasks(phase)) task -= product++->tasks(phase);
+    product->run(phase, task);
+  }
+
+ private:
+  int64_t total(int64_t (Product::*size)() const) const {
+    int64_t sum = 0;
+    for (const Product& product : products_) sum += (product.*size)();
+    return sum;
+  }
+
+  std::vector<Product> products_;
 };
 
 }  // namespace
@@ -181,22 +218,15 @@ const PsumbookKernel& psumbook_kernel() {
   }
 }
 
+std::unique_ptr<Products> psumbook_products(const Gemm* calls, int count, int threads) {
+  return std::make_unique<Group>(calls, count, threads);
+}
+
 void gemm_by_psumbook(const Gemm* calls, int count, int threads) {
-  std::vector<Product> products;
-  products.reserve(size_t(count));
-  for (int i = 0; i < count; ++i) products.emplace_back(calls[i], psumbook_kernel(), threads, i);
-  parallel_phases(
-      products[0].phases(), threads,
-      [&](int64_t phase) {
-        int64_t tasks = 0;
-        for (const Product& product : products) tasks += product.tasks(phase);
-        return tasks;
-      },
-      [&](int64_t phase, int64_t task) {
-        const Product* product = products.data();
-        while (task >= product->tasks(phase)) task -= product++->tasks(phase);
-        product->run(phase, task);
-      });
+  thread_local Scratch prepared, sums;  // the caller's, for all threads
+  Group group(calls, count, threads);
+  group.prepare(prepared.get<float>(group.prepared_floats()), sums.get<float>(group.sums_floats()));
+  parallel_phases(group, threads);
 }
 
 }  // namespace codegemm::cpu

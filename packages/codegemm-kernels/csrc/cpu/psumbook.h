@@ -2,8 +2,10 @@
 // code. How a product is cut up is in psumbook.cpp; here is what an instruction set has to bring.
 #pragma once
 #include <cstdint>
+#include <memory>
 
 #include "codegemm.h"
+#include "cpu/pool.h"
 #include "cpu/tiling.h"
 
 namespace codegemm::cpu {
@@ -50,6 +52,16 @@ struct PsumbookKernel {
 
 const PsumbookKernel& psumbook_kernel();  // for this processor
 
+// Products of as many rows each, cut into tasks: what gemm_by_psumbook runs, and what a recorded step keeps.
+class Products : public Phases {
+ public:
+  virtual int64_t prepared_floats() const = 0;  // of memory that the prepared codebooks take
+  virtual int64_t sums_floats() const = 0;      // that a run takes
+  // Prepares the codebooks for the runs that follow, which use both, aligned to a cache line.
+  virtual void prepare(float* prepared, float* sums) = 0;
+};
+
+std::unique_ptr<Products> psumbook_products(const Gemm* calls, int count, int threads);
 void gemm_by_psumbook(const Gemm* calls, int count, int threads);
 
 namespace portable {
