@@ -42,6 +42,7 @@ quickstart:  ## Quantise the bundled model and compare it with the dense one
 
 VLLM := build/vllm-check
 VLLM_VERSION := 0.32.0
+VLLM_JSON := $(VLLM)/result.json
 
 # An environment of its own: vLLM pins its torch. Its CPU build wants the CPU build of torch, which is not on PyPI: name
 # where it is in UV_INDEX, UV_FIND_LINKS or PIP_FIND_LINKS. What is excluded comes from PyPI for CUDA and does not load.
@@ -54,7 +55,7 @@ vllm-check:  ## Serve a quantised model with vLLM on the CPU and compare its tok
 	uv pip install --quiet --python $(VLLM) --no-deps -e packages/codegemm-runtime
 	test -d $(VLLM)/model || uv run --no-sync tools/quickstart.py --device cpu --out $(VLLM)/model --max-new-tokens 8 \
 	  --samples 12 --sequence-length 128 --epochs 1 --window 128 --windows 8
-	$(VLLM)/bin/python tools/vllm_check.py --model $(VLLM)/model/pylm-4m-m1v4g128
+	$(VLLM)/bin/python tools/vllm_check.py --model $(VLLM)/model/pylm-4m-m1v4g128 --json $(VLLM_JSON)
 
 wheels:  ## Build everything a release publishes into dist/: source archives and wheels, for three Pythons
 	uv run --script tools/build_wheels.py

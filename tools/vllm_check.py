@@ -40,6 +40,8 @@ class VllmCheck:
     """Prompts, and clients of the server at a time."""
     max_new_tokens: int = 24
     """Tokens to generate for each prompt."""
+    json: Path | None = None
+    """File for the JSON object of the last line."""
     debug: bool = False
     """Show the traceback of a failure."""
 
@@ -57,6 +59,8 @@ def main() -> None:
 
 def run(config: VllmCheck) -> dict[str, Any]:
     """All checks. Returns the JSON object of the last line; raises at the first answer that differs."""
+    import torch
+    import transformers
     import vllm
 
     prompts = read_prompts(config.clients)
@@ -74,7 +78,11 @@ def run(config: VllmCheck) -> dict[str, Any]:
         say(f"{name} ...")
         found[name] = ways[name]() | {"seconds": round(time.perf_counter() - start, 1)}
         say(f"{name}: {found[name]}")
-    return {"vllm": vllm.__version__, "prompts": len(prompts), "new_tokens": config.max_new_tokens, "checks": found}
+    versions = {package.__name__: package.__version__ for package in (vllm, torch, transformers)}
+    result = versions | {"prompts": len(prompts), "new_tokens": config.max_new_tokens, "checks": found}
+    if config.json is not None:
+        config.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def say(text: str) -> None:
