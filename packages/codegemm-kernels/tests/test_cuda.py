@@ -60,3 +60,14 @@ if torch.cuda.is_available():
         weight = make_weight("m2v8g32", 10, 64, torch.float32)
         with pytest.raises(BadInput, match="move"):
             ops.gemm(torch.randn(1, 64, device="cuda"), *weight)
+
+    @pytest.mark.parametrize("rows", [1, 5, 40, 300])
+    def test_the_last_device(make_weight, rows):
+        """A product on a device that is not the current one; where there is one device, on that."""
+        last = torch.device("cuda", torch.cuda.device_count() - 1)
+        for scheme in ("m1v4g128", "m2v8g128"):
+            weight = make_weight(scheme, 1024, 1024, torch.float16, "cuda:0")
+            x = torch.randn(rows, 1024, dtype=torch.float16, device="cuda:0")
+            there = [tensor.to(last) for tensor in (x, *weight)]
+            assert torch.equal(ops.gemm(*there).to("cuda:0"), ops.gemm(x, *weight))
+            assert torch.equal(ops.dequantize(*there[1:]).to("cuda:0"), ops.dequantize(*weight))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from codegemm_runtime import CodebookLinear
+from codegemm_runtime import CodebookLinear, load_model
+from codegemm_runtime.engine import Engine, Request
 
 
 @pytest.fixture
@@ -134,3 +135,13 @@ def test_two_gpus(make_checkpoint: Callable[..., Any], ids: Tensor) -> None:
     model = load(checkpoint.folder, device_map=parts | {"model.norm": last, "lm_head": last})
     assert model.model.layers[1].mlp.up_proj.codes.get_device() == last
     assert greedy(model, ids) == greedy(load(checkpoint.folder), ids)
+
+
+@pytest.mark.cuda
+def test_the_engine_on_the_last_gpu(make_checkpoint: Callable[..., Any], ids: Tensor) -> None:
+    """Captured and replayed on a GPU that is not the current one; with one GPU, on that."""
+    folder, request = make_checkpoint("llama").folder, Request(12)
+    places = ["cuda:0", f"cuda:{torch.cuda.device_count() - 1}"]
+    answers = [list(Engine(load_model(folder, place), 64, 1).generate(ids.tolist(), request)) for place in places]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 12
