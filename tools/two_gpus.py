@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +50,11 @@ class Answer:
     tokens: list[int]
     logits: torch.Tensor
     """[vocabulary], in fp32 on the CPU."""
-    seconds: float
 
     def against(self, one: Answer) -> dict[str, Any]:
         """How it differs from that of one GPU."""
         error = (self.logits - one.logits).norm() / one.logits.norm()
-        same = self.tokens == one.tokens
-        return {"same_tokens": same, "logit_error": float(error), "seconds": self.seconds, "seconds_one": one.seconds}
+        return {"same_tokens": self.tokens == one.tokens, "logit_error": float(error)}
 
 
 def main() -> None:
@@ -120,17 +117,14 @@ def halves(model: Any) -> dict[str, int]:
 
 
 def ask(config: TwoGpus, folder: Path, model: Any) -> Answer:
-    """Greedy tokens and logits; a first short answer sets kernels up and is not timed."""
+    """Greedy tokens, and logits after the prompt."""
     from codegemm_runtime import load_tokenizer
 
     ids = load_tokenizer(folder)(PROMPT, return_tensors="pt").input_ids.to(model.device)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():
-        model.generate(ids, max_new_tokens=2, **options)
-        start = time.perf_counter()
         tokens = model.generate(ids, max_new_tokens=config.new_tokens, **options)[0, ids.shape[1] :].tolist()
-        seconds = time.perf_counter() - start
-        return Answer(tokens, model(ids).logits[0, -1].float().cpu(), seconds)
+        return Answer(tokens, model(ids).logits[0, -1].float().cpu())
 
 
 def tensor_parallel(config: TwoGpus) -> list[dict[tuple[str, str], tuple[Answer, int]]]:
