@@ -44,6 +44,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         (["--backends", "x"], "unknown backends in 'x'"),
         (["--runs", "1"], "--runs must be at least 2"),
         (["--shape", str(ROOT / "models" / "pylm-4m"), "--context", "2040"], "2112 tokens are wanted"),
+        (["--backends", "llama.cpp", "--batch", "2"], "llama.cpp is timed with one sequence"),
+        (["--backends", "llama.cpp", "--shape", str(ROOT / "models" / "pylm-4m")], "with a built-in shape"),
     ):
         done = run("--json", str(tmp_path / "x.json"), *arguments)
         assert done.returncode == 2

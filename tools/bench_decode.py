@@ -22,7 +22,7 @@ import torch
 
 from codegemm_kernels.errors import BadInput, run_command
 
-AQLM = ("aqlm-2x8", "aqlm-1x16")
+FAMILIES = {"aqlm": ("aqlm-2x8", "aqlm-1x16"), "llama.cpp": ("llama.cpp-TQ2_0", "llama.cpp-Q2_K")}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Bench:
     prompt: tuple[int, ...] = ()
     """Lengths of prompts whose reading and first token are timed."""
     backends: str = "engine"
-    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm (2x8 and 1x16)."""
+    """engine, transformers (its generate, with our layers), dense (the engine without codes), aqlm (2x8 and 1x16),
+    llama.cpp (TQ2_0 and Q2_K with a 6-bit head, on the CPU)."""
     device: str = "cuda"
     """cuda, cuda:0 or cpu."""
     dtype: str = "float16"
@@ -71,29 +72,36 @@ def main() -> None:
 
 def run(config: Bench) -> dict[str, Any]:
     """Time everything and write the files; returns the rows."""
+    from bench.decode_models import build
+
     from codegemm_runtime.loading import choose_device
     from codegemm_runtime.random_models import SHAPES
     from codegemm_runtime.rounding import round_head
 
     backends = [backend for backend in config.backends.split(",") if backend]
-    backends = [one for backend in backends for one in (AQLM if backend == "aqlm" else (backend,))]
+    backends = [one for backend in backends for one in FAMILIES.get(backend, (backend,))]
     if not backends or set(backends) - set(TIMERS):
         raise BadInput(f"unknown backends in {config.backends!r}: choose from {', '.join(TIMERS)}")
     if config.shape not in SHAPES and not Path(config.shape).is_dir():
         raise BadInput(f"unknown shape {config.shape!r}: choose from {', '.join(SHAPES)} or give a checkpoint folder")
     if config.runs < 2 or config.tokens < 1:
         raise BadInput("--runs must be at least 2, for a deviation, and --tokens at least 1")
+    if any(backend.startswith("llama.cpp") for backend in backends) and config.batch != (1,):
+        raise BadInput("llama.cpp is timed with one sequence: leave it out, or give --batch 1")
     device = choose_device(config.device)
     rate = copy_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{name}, copies at {rate / 1e9:.0f} GB/s", file=sys.stderr)
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy_rate": rate, "rows": []}
+    result: dict[str, Any] = {
+        "device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "copy_rate": rate, "rows": []
+    }  # fmt: skip
     config.json.parent.mkdir(parents=True, exist_ok=True)
     for backend in backends:
         schemes = config.scheme if backend in ("engine", "transformers") and config.shape in SHAPES else ("",)
         for scheme in schemes:
-            model = build(config, backend, scheme, device)
-            if config.head_bits is not None:
+            room = max((*config.context, *config.prompt)) + config.tokens + 8
+            model = build(backend, config.shape, scheme, getattr(torch, config.dtype), device, room)
+            if config.head_bits is not None and not backend.startswith("llama.cpp"):
                 round_head(model, config.head_bits)
             for row in TIMERS[backend](config, model, rate):
                 row = {"shape": config.shape, "scheme": scheme or backend, "backend": backend} | row
@@ -107,45 +115,6 @@ def run(config: Bench) -> dict[str, Any]:
 
     draw(result["rows"], config.json.with_suffix(".png"))
     return {"rows": result["rows"]}
-
-
-def build(config: Bench, backend: str, scheme: str, device: torch.device) -> Any:
-    """The model to time."""
-    from codegemm_kernels import CodebookScheme
-    from codegemm_runtime import load_model, replace_linears
-    from codegemm_runtime.random_models import SHAPES, random_model
-    from codegemm_runtime.replace import restore_linears
-
-    dtype = getattr(torch, config.dtype)
-    if config.shape not in SHAPES:
-        model = load_model(config.shape, device, dtype)
-        if backend == "dense":
-            restore_linears(model)
-        return model
-    if backend == "dense":
-        return random_model(config.shape, device, dtype)
-    if backend.startswith("aqlm"):
-        return random_model(config.shape, device, dtype, lambda model, names: replace_by_aqlm(model, names, backend))
-    parsed = CodebookScheme.parse(scheme)
-    return random_model(
-        config.shape, device, dtype, lambda model, names: replace_linears(model, dict.fromkeys(names, parsed))
-    )
-
-
-def replace_by_aqlm(model: Any, names: list[str], backend: str) -> None:
-    """Swap in the layers of the aqlm package; BadInput where it is not installed."""
-    try:
-        from aqlm import QuantizedLinear
-    except ImportError as error:
-        raise BadInput(f"{backend} needs the package aqlm[gpu] ({error}): install it, or leave it out") from error
-    num_codebooks, bits = (2, 8) if backend == "aqlm-2x8" else (1, 16)
-    for name in names:
-        old = model.get_submodule(name)
-        with torch.device("meta"):
-            new = QuantizedLinear(
-                old.in_features, old.out_features, 8, 1, num_codebooks, bits, bias=False, dtype=old.weight.dtype
-            )
-        model.set_submodule(name, new)
 
 
 def time_engine(config: Bench, model: Any, rate: float) -> Any:
@@ -228,7 +197,7 @@ def time_start(config: Bench, model: Any) -> float:
 
 
 def time_generate(config: Bench, model: Any, rate: float) -> Any:
-    """Rows of transformers' generate: the difference between a longer and a shorter answer to one prompt."""
+    """Rows of transformers' generate: longer answers to one prompt without the time of the quickest shorter one."""
     more, less = max(config.tokens // 4, 8), 4
 
     def answer(ids: torch.Tensor, count: int) -> None:
@@ -242,7 +211,7 @@ def time_generate(config: Bench, model: Any, rate: float) -> Any:
                 timings(lambda count=count, ids=ids: answer(ids, count), config, model.device)["wall"]
                 for count in (less + more, less)
             ]
-            wall = [(one - other) * config.tokens / more for one, other in zip(*walls, strict=True)]
+            wall = [(one - min(walls[1])) * config.tokens / more for one in walls[0]]
             timed: dict[str, list[float]] = {"wall": wall, "event": []}
             shape = model.config
             width = shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
@@ -252,12 +221,30 @@ def time_generate(config: Bench, model: Any, rate: float) -> Any:
             }
 
 
+def time_llama(config: Bench, model: Any, rate: float) -> Any:
+    """Rows of llama.cpp, one a context."""
+    for context in config.context:
+        model.read([7] * context)
+
+        def decode(context: int = context) -> None:
+            model.forget(context)
+            for _ in range(config.tokens):
+                model.read([7])
+
+        timed = timings(decode, config, torch.device("cpu"))
+        model.forget(0)
+        yield row_of(timed, 1, context, model.weight_bytes, config, rate) | {"weight_bytes": model.weight_bytes}
+    model.close()
+
+
 TIMERS: dict[str, Callable[[Bench, Any, float], Any]] = {
     "engine": time_engine,
     "dense": time_engine,
     "transformers": time_generate,
     "aqlm-2x8": time_generate,
     "aqlm-1x16": time_generate,
+    "llama.cpp-TQ2_0": time_llama,
+    "llama.cpp-Q2_K": time_llama,
 }
 
 

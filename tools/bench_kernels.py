@@ -20,7 +20,7 @@ from torch import Tensor
 WEIGHT_BYTES = 320e6  # of codes in one graph: 5 times the L2 of an H200
 DENSE_BYTES = 1e9
 REPLAYS = 11
-PEERS = ("stream", "dense", "aqlm")
+PEERS = ("stream", "dense", "aqlm", "llama.cpp")
 SHAPES = ("4096x4096", "6144x4096", "4096x14336", "28672x4096", "8192x8192", "10240x8192", "8192x28672", "57344x8192")
 CPU_SHAPES = ("8192x2048", "2048x8192", "14336x4096", "4096x14336")
 
@@ -42,7 +42,7 @@ class Bench:
     """Rows of x."""
     peers: str = "dense,stream"
     """What to time beside it: dense (torch's linear), stream (reading the same codes; on the CPU always), aqlm (its
-    package's kernels)."""
+    package's kernels, on a GPU), llama.cpp (its 2-bit products, on the CPU)."""
     dtype: str = "float16"
     """Type of activations, codebooks and scales: float16 or bfloat16; on the CPU also float32."""
     threads: tuple[int, ...] = (1, 2)

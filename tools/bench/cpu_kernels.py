@@ -14,12 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bench import llama_cpp
 from torch import Tensor
 
 from codegemm_kernels import CodebookScheme, ops, reference
 
 CACHE_BYTES = 160 << 20  # five times the last-level cache of the machine that docs/log.md is about
 DENSE_BYTES = 200 << 20
+LLAMA_KEYS = {"TQ2_0": "llama_tq2_0_us", "Q2_K": "llama_q2_k_us"}  # llama.cpp's formats and their column
 SECONDS = 0.4  # for each row, and again for the dense products
 MIN_ROUNDS = 15
 
@@ -56,6 +58,9 @@ def time_shape(
             times |= in_turn(
                 {f"{name}_us": lambda i, w=weights, x=inputs: torch.nn.functional.linear(x, w[i % len(w)])}
             )
+        for name, key in LLAMA_KEYS.items() if "llama.cpp" in peers else ():
+            with llama_cpp.matrix_product(N, K, batch, name, copies, threads) as product:
+                times |= in_turn({key: product})
         row = {"shape": f"{N}x{K}", "scheme": str(scheme), "batch": batch, "threads": threads}
         row |= {name: statistics.median(each) for name, each in times.items()}
         row |= {f"least_{name}": min(each) for name, each in times.items()}
@@ -90,6 +95,7 @@ def error(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> float:
 def say(row: dict[str, Any]) -> None:
     """One line of the table: medians, and the ratio of medians and of least times."""
     dense = f"dense bf16 {row['dense_us']:8.0f}  fp32 {row['dense_fp32_us']:8.0f}" if "dense_us" in row else ""
+    dense += "".join(f"  {name} {row[key]:8.0f}" for name, key in LLAMA_KEYS.items() if key in row)
     ratio = f"{row['us'] / row['stream_us']:5.2f} x stream ({row['least_us'] / row['least_stream_us']:.2f} of least)"
     print(
         f"{row['shape']:>12} {row['scheme']:>9} batch {row['batch']:>4} threads {row['threads']} {row['us']:8.0f} us  "
