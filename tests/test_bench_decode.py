@@ -32,7 +32,7 @@ def test_rows_of_a_folder(tmp_path: Path) -> None:
     ]
     for row in timed:
         assert row["tokens_per_second"] == pytest.approx(1000 * row["batch"] / row["ms_per_token"])
-        assert 0 < row["floor_fraction"] < 1
+        assert row["floor_fraction"] > 0  # above 1 too: a model this small is read from a cache
         assert {"shape", "scheme", "context", "memory_bytes"} <= set(row)
     assert all(row["first_token_ms"] > 0 for row in rows if "prompt" in row)
     assert out.with_suffix(".png").stat().st_size > 1000
