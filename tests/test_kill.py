@@ -83,7 +83,9 @@ def digest(folder: Path) -> dict[str, str]:
 def start() -> Iterator[Callable[..., ForkServerProcess]]:
     """Begin a function in a process of its own, from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["codegemm_quant.pv.tune", "codegemm_runtime.convert.conversion", "tensorboard"])
+    context.set_forkserver_preload(
+        [__name__, "transformers.models.llama.modeling_llama", "tensorboard", "matplotlib.pyplot"]
+    )
 
     def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
         process = context.Process(target=function, args=arguments)
