@@ -12,8 +12,11 @@ import transformers
 from codegemm_kernels import BadInput, NumericalError
 from codegemm_runtime import load_model
 from codegemm_runtime.engine import Engine, Request, Sampling, Unsupported, memory
+from codegemm_runtime.engine.cache import KVCache
 from codegemm_runtime.engine.forward import step
+from codegemm_runtime.engine.recorded import RecordedStep
 from codegemm_runtime.replace import restore_linears
+from codegemm_runtime.rounding import round_linear
 
 PROMPTS = [[0, 17, 200, 31, 5, 99, 140, 3], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27]]
 SIZES = {
@@ -159,6 +162,62 @@ def test_several_sequences_of_a_prompt_share_its_reading() -> None:
     assert sampled == tokens_of(engine, PROMPTS[:1], Request(10, sampling, sequences=3))
     many = tokens_of(engine, PROMPTS[:1], Request(10, sampling, sequences=9))  # in three rounds
     assert len({tuple(tokens) for tokens in many}) == 9
+
+
+def with_some_codes(model: Any) -> Any:
+    """Codes in the place of every other linear layer, so that products of both kinds meet in a group."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in names[::2]:
+        packed = round_linear(model.get_submodule(name), 8)
+        packed.tile()
+        model.set_submodule(name, packed)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "int8", "batch"),
+    [(torch.float32, False, 1), (torch.float32, True, 2), (torch.bfloat16, False, 2), (torch.float16, False, 7)],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recorded_step_is_that_of_torch(name: str, dtype: torch.dtype, int8: bool, batch: int) -> None:
+    """Slots of several lengths, one of them beyond the capacity, as spare ones get there."""
+    decoder = Engine(with_some_codes(dense(name).to(dtype))).decoder
+    caches = [KVCache(decoder, 8, 40, int8) for _ in range(2)]
+    for entries in ("keys", "values"):
+        one, other = (getattr(cache, entries) for cache in caches)
+        other.copy_(one.random_(-127, 128) if int8 else one.normal_())
+    for cache in caches:
+        cache.key_scales.fill_(0.01)
+        cache.value_scales.fill_(0.01)
+    tokens = torch.randint(0, decoder.vocabulary, (batch,))
+    lengths = torch.tensor([13, 47, 0, 39, 2, 30, 21][:batch], dtype=torch.int32)
+    recorded = RecordedStep(decoder, caches[0], tokens, lengths)
+    recorded.run()
+    expected = step(decoder, caches[1], tokens, lengths)
+    tolerance = 2e-2 if int8 else {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    assert (recorded.logits - expected).norm() < tolerance * expected.norm()
+    assert torch.equal(recorded.best, recorded.logits.argmax(-1))
+    for one, other in zip(*(cache.read(1, slice(0, batch), 40) for cache in caches), strict=True):
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+def test_a_recorded_step_sees_weights_that_change() -> None:
+    model = with_some_codes(dense("qwen3"))
+    engine = Engine(model)
+    for change in (
+        lambda: model.model.layers[0].self_attn.q_proj.codebooks.mul_(-1),  # codes, read when a request begins
+        lambda: model.model.layers[1].self_attn.k_norm.weight.mul_(-1),
+        lambda: replace_weight(model.model.layers[2].mlp.up_proj),
+    ):
+        before = tokens_of(engine, PROMPTS[:1], Request(12))
+        change()
+        after = tokens_of(engine, PROMPTS[:1], Request(12))
+        assert after != before
+        assert after == tokens_of(Engine(model), PROMPTS[:1], Request(12))
+
+
+def replace_weight(linear: torch.nn.Linear) -> None:
+    linear.weight = torch.nn.Parameter(torch.randn_like(linear.weight) / 4, requires_grad=False)
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gemma2"])

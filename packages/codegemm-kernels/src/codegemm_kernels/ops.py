@@ -1,4 +1,4 @@
-"""The torch ops `codegemm::gemm`, `gemm_grouped` and `dequantize`. The only importer of the compiled module.
+"""The torch ops `codegemm::gemm`, `gemm_grouped` and `dequantize`. With `step` the only importer of `_C`.
 
 A call checks everything a kernel relies on (`checks`), allocates the result and passes addresses. The default
 implementation, for devices without a kernel, is `reference`.

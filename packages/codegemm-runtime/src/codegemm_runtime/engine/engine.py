@@ -138,10 +138,12 @@ class Engine:
             self._begin(members, prompts, batch, kind)
             pending: deque[Tokens] = deque([Tokens(self.steps.tokens[:batch])])
         alive = {slot: sequence for slot, (sequence, _) in enumerate(members)}
+        ahead = self.decoder.device.type == "cuda"
         launched = 1
         while alive:
-            # The next step is under way before the last one's tokens are read: the GPU never waits for Python.
-            if launched < request.max_new_tokens:
+            # The next step is under way before the last one's tokens are read: the GPU never waits for Python. A CPU
+            # would have to finish it first.
+            if launched < request.max_new_tokens and (ahead or not pending):
                 with self._turn(request):
                     self.steps.advance(batch, kind)
                     pending.append(Tokens(self.steps.tokens[:batch]))

@@ -1,4 +1,7 @@
-"""One decode step with the choice of its tokens, captured once a batch size and kind of sampling, then replayed."""
+"""One decode step with the choice of its tokens, captured once a batch size and kind of sampling, then replayed.
+
+On the CPU the compiled operations of a step are recorded instead, once a batch size.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegemm_kernels.checks import DTYPES
 from codegemm_runtime.engine.cache import KVCache
 from codegemm_runtime.engine.decoder import Decoder
 from codegemm_runtime.engine.forward import step
+from codegemm_runtime.engine.recorded import RecordedStep
 from codegemm_runtime.engine.sampling import Kind, Sampler
 
 
@@ -23,9 +28,12 @@ class Steps:
         self.lengths = torch.zeros(cache.slots, dtype=torch.int32, device=decoder.device)
         self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self._recorded: dict[int, RecordedStep] = {}
+        self._fresh: set[int] = set()  # batch sizes whose recorded steps know the weights as they are now
 
     def feed(self, tokens: Tensor) -> None:
-        """Set the tokens [batch] that the next step reads."""
+        """Set the tokens [batch] that the next step reads. Weights may have changed since the last call."""
+        self._fresh.clear()
         self.tokens[: tokens.shape[0]] = tokens
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
@@ -35,7 +43,7 @@ class Steps:
     def advance(self, batch: int, kind: Kind) -> None:
         """One step of slots 0 .. batch - 1."""
         if self._decoder.device.type != "cuda":
-            self._advance(batch, kind)
+            self._advance_on_cpu(batch, kind)
             return
         key = (batch, kind)
         if key not in self._graphs:
@@ -47,6 +55,20 @@ class Steps:
         logits = step(self._decoder, self._cache, tokens, lengths)
         tokens.copy_(self._sampler.choose(logits, kind))
         lengths.add_(1)  # beyond the capacity only in spare slots, and attention stops there
+
+    def _advance_on_cpu(self, batch: int, kind: Kind) -> None:
+        if self._decoder.dtype not in DTYPES:
+            self._advance(batch, kind)
+            return
+        tokens, lengths = self.tokens[:batch], self.lengths[:batch]
+        if batch not in self._fresh:
+            if batch not in self._recorded or not self._recorded[batch].refresh():
+                self._recorded[batch] = RecordedStep(self._decoder, self._cache, tokens, lengths)
+            self._fresh.add(batch)
+        recorded = self._recorded[batch]
+        recorded.run()
+        tokens.copy_(recorded.best if kind == Kind() else self._sampler.choose(recorded.logits, kind))
+        lengths.add_(1)
 
     def _capture(self, batch: int, kind: Kind) -> torch.cuda.CUDAGraph:
         """Capture a step. A first run outside the graph compiles kernels and makes handles; its traces are undone."""

@@ -1,0 +1,5 @@
+#include "cpu/step_loops_inline.h"
+
+namespace codegemm::cpu::portable {
+const StepLoops kStepLoops = kLoops;
+}
