@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import codegemm_runtime  # noqa: F401  (registers the format)
 from codegemm_kernels import reference
+from codegemm_kernels.experts import Experts
 from codegemm_quant import QuantizeConfig, quantize
-from codegemm_runtime.experts import Experts
 from codegemm_runtime.linear import CodebookLinear
 
 SHAPE = {

@@ -25,7 +25,7 @@ _MAX_CUDA_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 8}
 _CUDA_PANEL_BYTES = 32 << 20  # stays in the L2 of an H200 (60 MB) between its two uses; at most half a matrix
 _NO_CUDA = (
     "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
-    "CUDA_HOME set if nvcc is not on PATH), or move the model to the CPU"
+    "CUDA_HOME set if nvcc is not on PATH) or with CODEGEMM_CUDA=PIP, or move the model to the CPU"
 )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from codegemm_kernels import BadInput
-from codegemm_quant.experts import Experts, is_fused
+from codegemm_kernels.experts import Experts
+from codegemm_quant.experts import is_fused
 
 
 @dataclass(frozen=True)
