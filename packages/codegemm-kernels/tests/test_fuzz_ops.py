@@ -202,6 +202,19 @@ def test_what_does_not_fit_is_named(part: str, change: str) -> None:
         ops.gemm(*arguments.values())
 
 
+def test_a_matrix_without_rows() -> None:
+    codes, codebooks, scales = torch.zeros(1, 1, 0, dtype=torch.int32), torch.randn(1, 256, 4), torch.ones(4, 0)
+    assert ops.dequantize(codes, codebooks, scales).shape == reference.dequantize(codes, codebooks, scales).shape
+    assert ops.gemm(torch.ones(3, 16), codes, codebooks, scales).shape == (3, 0)
+
+
+def test_where_there_is_no_kernel_the_same_is_refused() -> None:
+    """A sparse x goes to the reference."""
+    weight = torch.zeros(2, 1, 5, dtype=torch.int32), torch.randn(1, 256, 4), torch.ones(4, 5)
+    with pytest.raises(BadInput, match="do not belong"):
+        ops.gemm(torch.ones(3, 16).to_sparse(), *weight)
+
+
 @given(call=calls(), edits=changes, data=st.data())
 def test_packed_codes(call: dict[str, Tensor], edits: list[tuple[str, str]], data: st.DataObject) -> None:
     """Any words are codes, since a byte names one of 256 entries; unpacking and packing are each other's inverse."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from codegemm_kernels.checks import check_input, check_weight
 from codegemm_kernels.layout import unpack_codes
 
 
@@ -20,7 +21,8 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     weight = torch.zeros(rows, vectors, vector_length, dtype=exact, device=codes.device)
     for i in range(num_codebooks):
         weight += codebooks[i].to(exact)[indices[:, :, i]]
-    grouped = weight.reshape(rows, num_groups, -1) * scales.to(exact).t().unsqueeze(-1)
+    group = vectors * vector_length // num_groups  # not -1, which means nothing where there are no rows
+    grouped = weight.reshape(rows, num_groups, group) * scales.to(exact).t().unsqueeze(-1)
     return grouped.reshape(rows, vectors * vector_length).to(codebooks.dtype)
 
 
@@ -32,6 +34,19 @@ def gemm(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tens
     if bias is not None:
         y = y + bias.to(exact)
     return y.to(x.dtype)
+
+
+def checked_dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """`dequantize` with the refusals of the kernels: the op where there is none."""
+    check_weight(codes, codebooks, scales)
+    return dequantize(codes, codebooks, scales)
+
+
+def checked_gemm(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gemm` with the refusals of the kernels: the op where there is none."""
+    N, K, _ = check_weight(codes, codebooks, scales)
+    check_input(x, bias, codes, codebooks, N, K)
+    return gemm(x, codes, codebooks, scales, bias)
 
 
 def gemm_error(
