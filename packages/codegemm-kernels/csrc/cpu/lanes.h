@@ -100,27 +100,50 @@ inline void store(Lanes value, T* to, int64_t count) {
   std::memcpy(to, values, size_t(count) * sizeof(T));
 }
 
-// Sixteen lanes are added up as a tree, so that a sum does not wait for each of its terms.
-inline float total(Lanes value) {
-  float lanes[kLanes];
-  store(value, lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+// Lane i of the result is lane i ^ with of the value.
+inline Lanes exchanged(Lanes value, int with) {
+  Integers from;
+  for (int i = 0; i < kLanes; ++i) from[i] = i ^ with;
+  return __builtin_shuffle(value, from);
 }
 
-inline Lanes select(Integers condition, Lanes yes, Lanes no) {
-  return reinterpret_cast<Lanes>((condition & reinterpret_cast<Integers>(yes)) |
-                                 (~condition & reinterpret_cast<Integers>(no)));
+inline float total(Lanes value) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) value += exchanged(value, half);
+  return value[0];
+}
+
+// Lane i is the total of values[i]: neighbours are added until one register is left.
+inline Lanes totals(const Lanes* values) {
+  Lanes sums[kLanes];
+  Integers even, odd;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sums[i] = values[i];
+#pragma GCC unroll 4
+  for (int count = kLanes / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      const Lanes a = sums[2 * i], b = sums[2 * i + 1];
+      sums[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    }
+  }
+  return sums[0];
 }
 
 // A NaN in `a` stays one.
-inline Lanes largest(Lanes a, Lanes b) { return select(a < b, b, a); }
+inline Lanes largest(Lanes a, Lanes b) { return a < b ? b : a; }
+
+inline float largest(Lanes value) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) value = largest(value, exchanged(value, half));
+  return value[0];
+}
 
 // e^x to about 1e-7, at most 1.6e38 and at least 1e-38; a polynomial of Cephes on [-ln 2 / 2, ln 2 / 2].
 inline Lanes exponential(Lanes x) {
-  x = select(x > 88, all(88), select(x < -87, all(-87), x));
+  x = x > 88 ? all(88) : x;
+  x = x < -87 ? all(-87) : x;
   const Lanes magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to integers
   const Lanes n = (x * 1.44269504088896341f + magic) - magic;
   const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -45,22 +45,31 @@ void append(const Attention& op, const float* head, void* stored, float* scales,
   scales[entry] = scale;
 }
 
-// Heads first .. first + Q - 1 of a group with `count` keys.
+// Scores of Q heads with up to kKeys keys, whose values are fetched meanwhile.
 template <int Q, class C>
-void score(const Attention& op, const float* q, const C* keys, int64_t count, float* scores) {
+void score(const Attention& op, const float* q, const C* keys, const C* values, int64_t count, float* scores) {
   const int64_t width = op.head_dim, padded = padded_head(op);
-  for (int64_t j = 0; j < count; ++j, keys += width) {
-    Lanes sums[Q] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-      const Lanes key = load(keys + i);
-      for (int g = 0; g < Q; ++g) sums[g] += key * load(q + g * padded + i);
+  for (int64_t first = 0; first < count; first += kLanes) {
+    Lanes sums[Q][kLanes];
+    const int64_t some = count - first < kLanes ? count - first : kLanes;
+    for (int64_t j = 0; j < some; ++j, keys += width, values += width) {
+      for (int64_t at = 0; at < width; at += int64_t(64 / sizeof(C))) __builtin_prefetch(values + at);
+      int64_t i = 0;
+      Lanes sum[Q] = {};
+      for (; i + kLanes <= width; i += kLanes) {
+        const Lanes key = load(keys + i);
+        for (int g = 0; g < Q; ++g) sum[g] += key * load(q + g * padded + i);
+      }
+      if (i < width) {
+        const Lanes key = load(keys + i, width - i);
+        for (int g = 0; g < Q; ++g) sum[g] += key * load(q + g * padded + i);
+      }
+      for (int g = 0; g < Q; ++g) sums[g][j] = sum[g];
     }
-    if (i < width) {
-      const Lanes key = load(keys + i, width - i);
-      for (int g = 0; g < Q; ++g) sums[g] += key * load(q + g * padded + i);
+    for (int g = 0; g < Q; ++g) {
+      for (int64_t j = some; j < kLanes; ++j) sums[g][j] = Lanes{};
+      store(totals(sums[g]), scores + g * kKeys + first);
     }
-    for (int g = 0; g < Q; ++g) scores[g * kKeys + j] = total(sums[g]);
   }
 }
 
@@ -95,7 +104,6 @@ inline void by_heads(int64_t heads, F&& f) {
 // Turns the scores of one head into weights; returns by what earlier sums shrink.
 inline float soften(const Attention& op, const float* key_scales, int64_t count, float* scores, float* largest_score,
                     float* weight) {
-  Lanes peak = all(*largest_score);
   for (int64_t j = 0; j < kKeys; j += kLanes) {
     Lanes score = load(scores + j) * op.scale;
     if (key_scales != nullptr) score *= load(key_scales + j, count > j ? count - j : 0);
@@ -103,10 +111,9 @@ inline float soften(const Attention& op, const float* key_scales, int64_t count,
     store(score, scores + j);
   }
   for (int64_t j = count; j < kKeys; ++j) scores[j] = -__builtin_inff();
+  Lanes peak = all(*largest_score);
   for (int64_t j = 0; j < kKeys; j += kLanes) peak = largest(peak, load(scores + j));
-  float lanes[kLanes], top = *largest_score;
-  store(peak, lanes);
-  for (float lane : lanes) top = lane > top ? lane : top;
+  const float top = largest(peak);
   Lanes sum = {};
   for (int64_t j = 0; j < kKeys; j += kLanes) {
     const Lanes e = exponential(load(scores + j) - top);
@@ -129,7 +136,7 @@ void attend_keys(const Attention& op, int64_t head, int64_t begin, int64_t end, 
     const C *keys = static_cast<const C*>(op.keys) + at * width,
             *values = static_cast<const C*>(op.values) + at * width;
     by_heads(group(op), [&](auto heads, int64_t g) {
-      score<decltype(heads)::value>(op, q + g * padded, keys, count, scores + g * kKeys);
+      score<decltype(heads)::value>(op, q + g * padded, keys, values, count, scores + g * kKeys);
     });
     for (int64_t g = 0; g < group(op); ++g) {
       float *weights = scores + g * kKeys, *sums = part.sums + g * padded;
@@ -181,21 +188,22 @@ void attend(const Attention& op, int64_t slot, int64_t kv_head, int64_t share, i
 void combine(const Attention& op, int64_t slot, int64_t kv_head, const AttentionPart* parts, int64_t shares) {
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const int64_t padded = padded_head(op);
     for (int64_t g = 0; g < group(op); ++g) {
       float top = parts[0].largest[g], weight = 0;
       for (int64_t s = 1; s < shares; ++s) top = parts[s].largest[g] > top ? parts[s].largest[g] : top;
+      float* sums = parts[0].sums + g * padded;
       for (int64_t s = 0; s < shares; ++s) {
-        weight += exponential(all(parts[s].largest[g] - top))[0] * parts[s].weights[g];
+        const float shrink = exponential(all(parts[s].largest[g] - top))[0];
+        const float* more = parts[s].sums + g * padded;
+        weight += shrink * parts[s].weights[g];
+        for (int64_t i = 0; i < padded; i += kLanes) {
+          store((s == 0 ? Lanes{} : load(sums + i)) + load(more + i) * shrink, sums + i);
+        }
       }
       T* y = static_cast<T*>(op.y) + (slot * op.heads + kv_head * group(op) + g) * op.head_dim;
-      for (int64_t i = 0; i < op.head_dim; i += kLanes) {
-        Lanes sum = {};
-        for (int64_t s = 0; s < shares; ++s) {
-          const float share = exponential(all(parts[s].largest[g] - top))[0] / weight;
-          sum += load(parts[s].sums + g * padded_head(op) + i) * share;
-        }
-        store(sum, y + i, op.head_dim - i);
-      }
+      const float inverse = 1 / weight;
+      for (int64_t i = 0; i < op.head_dim; i += kLanes) store(load(sums + i) * inverse, y + i, op.head_dim - i);
     }
   });
 }

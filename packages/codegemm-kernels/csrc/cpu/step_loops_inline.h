@@ -126,9 +126,7 @@ float peak(const void* scores, DType dtype, int64_t count) {
       best = largest(best, score);
       nan += score * 0;  // NaN for an infinity too
     }
-    float lanes[kLanes];
-    store(best, lanes);
-    for (float lane : lanes) result = lane > result ? lane : result;
+    result = largest(best);
     bool has_nan = false;
     if (total(nan) != 0) {
       for (int64_t j = 0; j < i; ++j) has_nan |= __builtin_isnan(cpu::widen(from[j]));
