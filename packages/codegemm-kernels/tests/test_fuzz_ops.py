@@ -208,6 +208,15 @@ def test_a_matrix_without_rows() -> None:
     assert ops.gemm(torch.ones(3, 16), codes, codebooks, scales).shape == (3, 0)
 
 
+def test_codes_that_are_not_contiguous_are_moved() -> None:
+    """Of 8 MB, memory that the system takes back at once when a copy is freed too early."""
+    codes = torch.randint(-(2**31), 2**31, (1, 2048, 1024), dtype=torch.int32)
+    twice = torch.stack([codes, codes], -1)[..., 0]
+    tiled = ops.tile(twice, 4, 64)
+    assert torch.equal(tiled, ops.tile(codes, 4, 64))
+    assert torch.equal(ops.untile(torch.stack([tiled, tiled], -1)[..., 0], 4, 64), codes)
+
+
 def test_where_there_is_no_kernel_the_same_is_refused() -> None:
     """A sparse x goes to the reference."""
     weight = torch.zeros(2, 1, 5, dtype=torch.int32), torch.randn(1, 256, 4), torch.ones(4, 5)

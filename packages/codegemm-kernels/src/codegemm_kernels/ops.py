@@ -265,8 +265,9 @@ def _dequantize_fake(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor
 
 def _move_codes(codes: Tensor, y: Tensor, vector_length: int, num_groups: int, sizes: tuple[int, int, int]) -> None:
     move = _C.tile if codes.dtype == torch.int32 else _C.untile
+    codes = codes.contiguous()  # under a name: a copy must live until it has been read
     move(
-        codes=codes.contiguous().data_ptr(),
+        codes=codes.data_ptr(),
         num_codebooks=sizes[0],
         vector_length=vector_length,
         num_groups=num_groups,
