@@ -119,7 +119,7 @@ class Inspection:
         lines += [
             "",
             f"model    {self.model}, {self.dtype}",
-            f"scheme   {self.scheme or 'none, a dense model'}{origin}{bits}",
+            f"scheme   {self.scheme or ('none, a dense model' if self.total_bytes else 'unknown')}{origin}{bits}",
             f"bytes    {self.total_bytes:,}: {quantised:,} in {len(self.layers)} quantised layers, "
             f"{self.total_bytes - quantised:,} dense; {self.dense_bytes:,} with 16-bit weights",
             f"kernels  {self.kernels}",

@@ -103,8 +103,10 @@ def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"there is no tokenizer in {name}: {reason}") from error
+        reason = str(error).strip().splitlines()[0].rstrip(":")
+        raise BadInput(
+            f"there is no tokenizer in {name} ({reason}): give a folder with tokenizer.json, or a hub name"
+        ) from error
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

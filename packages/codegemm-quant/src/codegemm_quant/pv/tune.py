@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codegemm_kernels import BadInput, NumericalError
-from codegemm_quant.loading import compute_dtype, fingerprint, load_dense
+from codegemm_quant.loading import check_source, compute_dtype, fingerprint, load_dense
 from codegemm_quant.pv.batches import open_batches
 from codegemm_quant.pv.config import TuneConfig
 from codegemm_quant.pv.divergence import Teacher, autocast, check_pair
@@ -51,6 +51,8 @@ class _Run:
         self.config, self.processes = config, processes
         self.out = Path(config.out)
         check_out(self.out)
+        if config.teacher is not None:
+            check_source(config.teacher)  # before a long text is tokenised
         self.micro = micro_batch(config, processes.size)
         self.student = load_student(
             Path(config.student), processes, gradient_checkpointing=config.gradient_checkpointing
