@@ -16,6 +16,7 @@
 #include "codegemm.h"
 #include "cpu/features.h"
 #include "cpu/floats.h"
+#include "cpu/step.h"
 
 using namespace codegemm;
 
@@ -185,6 +186,83 @@ void one_case(Random& random) {
   check_gemm(random, fast, exact, rows, threads);
 }
 
+template <class T>
+struct Integers : Guarded<T> {
+  Integers(Random& random, int64_t count, int64_t low, int64_t high) : Guarded<T>(count, draw(random, 0, 3)) {
+    for (int64_t i = 0; i < count; ++i) this->data()[i] = T(draw(random, low, high));
+  }
+};
+
+// A recorded step of every operation, run twice: tokens in, tokens out.
+void step_case(Random& random) {
+  const DType dtype = DType(draw(random, 0, 2));
+  const int64_t rows = draw(random, 1, 5), head_dim = draw(random, 2, 70), kv_heads = draw(random, 1, 3);
+  const int64_t heads = kv_heads * draw(random, 1, 7), pairs = draw(random, 1, head_dim / 2), width = heads * head_dim;
+  const int64_t inner = draw(random, 1, 300), vocabulary = draw(random, 1, 5000), capacity = draw(random, 1, 200);
+  const bool int8 = draw(random, 0, 1), normed = draw(random, 0, 1);
+  const auto numbers = [&](int64_t count, int64_t each, DType type) {
+    return Numbers(random, type, count, each, each + (count == 1 ? 0 : draw(random, 0, 3)), 1);
+  };
+  const auto exact = [&](int64_t count) { return Numbers(random, dtype, 1, count, count, 1); };
+  const auto to = [](const Numbers& buffer) { return const_cast<void*>(buffer.data); };
+  const Numbers table = exact(vocabulary * width), residual = exact(rows * width), y = exact(rows * width);
+  const Numbers weight = exact(width), head_weight = exact(head_dim), mixed = exact(rows * width);
+  const Numbers up = exact(inner * width), gated = exact(rows * inner), logits = exact(rows * vocabulary);
+  const Numbers head = exact(vocabulary * inner), bias = exact(vocabulary), gates = exact(rows * 2 * inner + 1);
+  const Numbers keys = exact(rows * kv_heads * capacity * head_dim),
+                values = exact(rows * kv_heads * capacity * head_dim);
+  const Numbers k = exact(rows * kv_heads * head_dim), angles = numbers(1, capacity * pairs, DType::kFloat32);
+  const Numbers scales = numbers(1, rows * kv_heads * capacity, DType::kFloat32);
+  Integers<int8_t> codes(random, rows * kv_heads * capacity * head_dim, -127, 127);
+  Integers<int32_t> lengths(random, rows, 0, capacity + 2);
+  Integers<int64_t> tokens(random, rows, 0, vocabulary - 1);
+  float* scale = int8 ? static_cast<float*>(to(scales)) : nullptr;
+  const auto* turn = static_cast<const float*>(angles.data);
+  const cpu::Norm norm{weight.data, 1e-5f, 1}, none{nullptr, 0, 0};
+  const cpu::Norm head_norm{normed ? head_weight.data : nullptr, 1e-5f, 0};
+  cpu::Step step(int(draw(random, 1, 40)));
+  step.add(cpu::Embed{table.data, tokens.data(), to(residual), rows, width, vocabulary, dtype});
+  step.add(cpu::AddNorm{to(residual), y.data, normed ? norm : none, norm, to(y), rows, width, dtype});
+  step.add(cpu::Attention{{to(y), width},
+                          {to(k), kv_heads * head_dim},
+                          {to(k), kv_heads * head_dim},
+                          to(mixed),
+                          head_norm,
+                          head_norm,
+                          turn,
+                          turn,
+                          int8 ? codes.data() : to(keys),
+                          int8 ? codes.data() : to(values),
+                          scale,
+                          scale,
+                          lengths.data(),
+                          rows,
+                          heads,
+                          kv_heads,
+                          head_dim,
+                          pairs,
+                          capacity,
+                          draw(random, 0, capacity),
+                          0.1f,
+                          float(draw(random, 0, 1)),
+                          dtype});
+  step.add(cpu::Dense{up.data, {to(mixed), width}, nullptr, to(gated), rows, inner, width, dtype});
+  step.add(cpu::Gate{
+      {to(gates), 2 * inner}, {to(gated), inner}, to(gated), rows, inner, cpu::Activation(draw(random, 0, 1)), dtype});
+  step.add(cpu::Dense{head.data, {to(gated), inner}, bias.data, to(logits), rows, vocabulary, inner, dtype});
+  step.add(cpu::SoftCap{to(logits), rows, vocabulary, 30, dtype});
+  step.add(cpu::Choose{logits.data, tokens.data(), rows, vocabulary, dtype});
+  step.prepare();
+  for (int run = 0; run < 2; ++run) step.run(int(draw(random, 1, 3)));
+  for (int64_t i = 0; i < rows * vocabulary; ++i) {
+    const int64_t best = tokens.data()[i / vocabulary];
+    const double chosen = widened(logits.data, dtype, i / vocabulary * vocabulary + best);
+    if (best >= 0 && best < vocabulary && widened(logits.data, dtype, i) <= chosen) continue;
+    std::fprintf(stderr, "a step chose token %lld of %lld\n", (long long)best, (long long)vocabulary);
+    std::exit(1);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -195,7 +273,10 @@ int main(int count, char** arguments) {
   for (int caller = 0; caller < 2; ++caller) {
     callers.emplace_back([=] {
       Random random(2 * seed + caller);
-      for (int i = 0; i < cases; ++i) one_case(random);
+      for (int i = 0; i < cases; ++i) {
+        one_case(random);
+        step_case(random);
+      }
     });
   }
   for (auto& caller : callers) caller.join();
