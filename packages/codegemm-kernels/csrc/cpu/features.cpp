@@ -53,6 +53,14 @@ InstructionSet instruction_set() { return chosen().load(std::memory_order_relaxe
 
 const char* features() { return kNames[static_cast<int>(instruction_set())]; }
 
+bool has_matrix_tiles() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("amx-tile");
+#else
+  return false;
+#endif
+}
+
 bool limit_features(const char* name) {
   for (int i = 0; i <= static_cast<int>(detect()); ++i) {
     if (std::strcmp(name, kNames[i]) == 0) {

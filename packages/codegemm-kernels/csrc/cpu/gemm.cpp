@@ -14,6 +14,9 @@
 namespace codegemm::cpu {
 namespace {
 
+// Rows of x up to which lookups are taken to beat torch on a processor with AMX; a guess, none has been measured.
+constexpr int kMaxRowsBesideTiles = 64;
+
 // A thread more for every so many codes decoded or looked up, about 5 us of work: waking a thread can take 50.
 constexpr int64_t kCodesPerThread = 1 << 17;
 
@@ -40,7 +43,10 @@ void gemm_grouped(const Gemm* calls, int count, int threads) {
 
 void gemm(const Gemm& call, int threads) { gemm_grouped(&call, 1, threads); }
 
-int max_gemm_rows() { return psumbook_kernel().max_rows; }
+int max_gemm_rows() {
+  const int rows = psumbook_kernel().max_rows;
+  return has_matrix_tiles() ? std::min(rows, kMaxRowsBesideTiles) : rows;
+}
 
 void dequantize(const Dequantize& call, int64_t first_row, int64_t rows, int threads) {
   const Weight& weight = call.weight;

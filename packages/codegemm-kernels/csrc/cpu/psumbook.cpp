@@ -1,7 +1,8 @@
-// How the psumbook product is cut up. K is split into parts, so that a thread builds the tables of its part once, keeps
-// them in its first-level cache and reads its codes from front to back; where there are not enough parts for
-// all threads, the rows are split too. Each part has sums of its own, which are added in order at the end: the result
-// does not depend on the number of threads, nor on which did what.
+// How the psumbook product is cut up. For few rows of x, K is split into parts, so that a thread builds the tables of
+// its part once, keeps them in its first-level cache and reads its codes from front to back. Each part has sums of its
+// own, which are added in order at the end: the result depends neither on the number of threads nor on which did what.
+// For kTokens rows and more there is one part and nothing to add up: rows of x are then what threads share out. Where
+// neither gives all threads work, the rows of W are split too.
 #include "cpu/psumbook.h"
 
 #include <algorithm>
@@ -16,13 +17,16 @@
 namespace codegemm::cpu {
 namespace {
 
-// Parts of K, the same for any number of threads, and so is the result. Each costs a pass over N sums; too few, and
-// many threads have to split rows and build the same tables.
-constexpr int64_t kParts = 8;
-constexpr int kTasksPerThread = 3;     // so that a thread that is held up does not hold up the rest
-constexpr int kMaxTokens = 8;          // rows of x handled together, to bound the memory for sums
-constexpr int kStripBlocks = 32;       // blocks that pass from token to token: 128 KB of codes stay in an L2 cache
-constexpr int64_t kOutputRows = 4096;  // rows that a task of the last phase adds up
+constexpr int64_t kTokens = 8;         // rows of x handled together, to bound the memory for tables and sums
+constexpr int64_t kTasksPerThread = 2;  // so that a thread that is held up does not hold up the rest
+constexpr int kStripBlocks = 32;        // blocks that pass from token to token: 128 KB of codes stay in an L2 cache
+constexpr int64_t kOutputRows = 4096;   // rows that a task of the last phase adds up
+
+// Parts of K, the same for any number of threads, and so is the result. Each costs a pass over N sums a token; too few,
+// and many threads have to split rows and build the same tables.
+int64_t parts_of(int64_t rows) { return rows >= kTokens ? 1 : rows >= 4 ? 2 : rows >= 2 ? 4 : 8; }
+
+int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps from call to call, aligned to a cache line.
 class Scratch {
@@ -54,13 +58,13 @@ class Product {
         weight_(call.weight),
         tiling_(call.weight),
         element_(weight_.dtype == DType::kFloat32 ? 4 : 2),
-        parts_(std::min(tiling_.segments(), kParts)),
-        ranges_(threads == 1 ? 1
-                             : std::clamp<int64_t>(kTasksPerThread * threads / parts_, 1, 1 + tiling_.blocks() / 8)),
+        parts_(std::min(tiling_.segments(), parts_of(call.rows))),
+        groups_(std::clamp(ceil(wanted(threads), parts_), ceil(call.rows, kTokens), call.rows)),
+        ranges_(std::clamp<int64_t>(wanted(threads) / (parts_ * groups_), 1, 1 + tiling_.blocks() / 8)),
         padded_(tiling_.blocks() * kTileRows) {}
 
   int64_t prepared_floats() const { return int64_t(weight_.num_codebooks) * weight_.vector_length * 384 + 16; }
-  int64_t sums_floats() const { return parts_ * std::min<int64_t>(kMaxTokens, call_.rows) * padded_; }
+  int64_t sums_floats() const { return whole() ? 16 : parts_ * call_.rows * padded_; }
 
   void prepare(float* prepared, float* sums) {
     prepared_ = prepared;
@@ -68,33 +72,42 @@ class Product {
     kernel_.prepare(weight_, prepared_);
   }
 
-  // Phase 2b is lookups for the b-th few rows of x, phase 2b + 1 adds up their parts.
-  int64_t phases() const { return 2 * ((call_.rows + kMaxTokens - 1) / kMaxTokens); }
+  // The first phase is lookups; the second adds up the parts, if there may be several.
+  int64_t phases() const { return whole() ? 1 : 2; }
 
   int64_t tasks(int64_t phase) const {
-    return phase % 2 == 0 ? parts_ * ranges_ : tokens(phase) * ((weight_.out_features + kOutputRows - 1) / kOutputRows);
+    return phase == 0 ? parts_ * groups_ * ranges_ : call_.rows * ceil(weight_.out_features, kOutputRows);
   }
 
   void run(int64_t phase, int64_t task) const {
-    if (phase % 2 == 0) {
-      look_up(phase / 2 * kMaxTokens, tokens(phase), task / ranges_, task % ranges_);
-    } else {
-      write(phase / 2 * kMaxTokens, task % tokens(phase), task / tokens(phase) * kOutputRows);
+    if (phase == 1) {
+      const int64_t token = task % call_.rows, n = task / call_.rows * kOutputRows;
+      return write(sums_ + token * padded_ + n, token, n, std::min(kOutputRows, weight_.out_features - n));
     }
+    const int64_t range = task % ranges_, group = task / ranges_ % groups_, part = task / ranges_ / groups_;
+    const int64_t token = group * call_.rows / groups_, tokens = (group + 1) * call_.rows / groups_ - token;
+    const int64_t block = range * tiling_.blocks() / ranges_, end = (range + 1) * tiling_.blocks() / ranges_;
+    if (!whole()) return look_up(part, token, tokens, block, end, sums_ + (part * call_.rows + token) * padded_);
+    thread_local Scratch memory;
+    float* sums = memory.get<float>(tokens * padded_);
+    look_up(part, token, tokens, block, end, sums);
+    const int64_t n = block * kTileRows, rows = std::min(end * kTileRows, weight_.out_features) - n;
+    for (int64_t i = 0; i < tokens; ++i) write(sums + i * padded_ + n, token + i, n, rows);
   }
 
  private:
-  int64_t tokens(int64_t phase) const { return std::min<int64_t>(kMaxTokens, call_.rows - phase / 2 * kMaxTokens); }
+  // Known from the rows alone, so that all products of a group have the same phases.
+  bool whole() const { return call_.rows >= kTokens; }
 
-  void look_up(int64_t token, int64_t tokens, int64_t part, int64_t range) const {
+  int64_t wanted(int64_t threads) const { return threads == 1 ? 1 : whole() ? threads : kTasksPerThread * threads; }
+
+  // Sums of a part of K for some tokens and blocks, [tokens, padded_].
+  void look_up(int64_t part, int64_t token, int64_t tokens, int64_t first_block, int64_t end, float* sums) const {
     thread_local Scratch table_memory, tile_memory;
     const int64_t token_bytes = 2 * kTileLookups * kernel_.table_bytes;
-    Tables tables[kMaxTokens];
-    for (int64_t i = 0; i < tokens; ++i)
-      tables[i].memory = table_memory.get<uint8_t>(tokens * token_bytes) + i * token_bytes;
-    float* sums = sums_ + part * tokens * padded_;
-    const int64_t first_block = range * tiling_.blocks() / ranges_, end = (range + 1) * tiling_.blocks() / ranges_;
+    Tables tables[kTokens];
     for (int64_t i = 0; i < tokens; ++i) {
+      tables[i].memory = table_memory.get<uint8_t>(tokens * token_bytes) + i * token_bytes;
       std::fill_n(sums + i * padded_ + first_block * kTileRows, (end - first_block) * kTileRows, 0.0f);
     }
     const int64_t last = (part + 1) * tiling_.segments() / parts_;
@@ -111,7 +124,8 @@ class Product {
             tile += tiling_.rows(b) * tiling_.lookups(segment);
           }
         }
-        for (int64_t i = 0; i < tokens; ++i) strip(segment, block, strip_end, codes, tables[i], sums + i * padded_);
+        const Strip strip{segment, block, strip_end, codes};
+        for (int64_t i = 0; i < tokens; ++i) add_strip(strip, tables[i], sums + i * padded_);
       }
     }
   }
@@ -122,14 +136,19 @@ class Product {
                   tables);
   }
 
-  void strip(int64_t segment, int64_t block, int64_t end, const uint8_t* codes, const Tables& tables,
-             float* sums) const {
-    const int lookups = tiling_.lookups(segment);
+  // Blocks of a segment whose codes are in the cache.
+  struct Strip {
+    int64_t segment, block, end;
+    const uint8_t* codes;
+  };
+
+  void add_strip(const Strip& strip, const Tables& tables, float* sums) const {
+    const int lookups = tiling_.lookups(strip.segment);
     const char* scales =
-        static_cast<const char*>(weight_.scales) + tiling_.group(segment) * weight_.out_features * element_;
+        static_cast<const char*>(weight_.scales) + tiling_.group(strip.segment) * weight_.out_features * element_;
     for (int pass = 0; pass < tables.passes; ++pass) {
-      const uint8_t* tile = codes;
-      for (int64_t b = block; b < end; ++b) {
+      const uint8_t* tile = strip.codes;
+      for (int64_t b = strip.block; b < strip.end; ++b) {
         kernel_.look_up({tile, tables.memory + pass * lookups * kernel_.table_bytes, tables.units[pass], lookups,
                          tiling_.rows(b), scales + b * kTileRows * element_, weight_.dtype, sums + b * kTileRows});
         tile += tiling_.rows(b) * lookups;
@@ -137,13 +156,12 @@ class Product {
     }
   }
 
-  void write(int64_t token, int64_t i, int64_t n) const {
-    const int64_t tokens = std::min<int64_t>(kMaxTokens, call_.rows - token);
-    const int64_t rows = std::min<int64_t>(kOutputRows, weight_.out_features - n);
+  // y of one token and some rows from n on, from the sums of the parts.
+  void write(const float* sums, int64_t token, int64_t n, int64_t rows) const {
     const char* bias = static_cast<const char*>(call_.bias);
-    char* y = static_cast<char*>(call_.y) + ((token + i) * weight_.out_features + n) * element_;
-    kernel_.write(sums_ + i * padded_ + n, int(parts_), tokens * padded_,
-                  bias == nullptr ? nullptr : bias + n * element_, y, weight_.dtype, rows);
+    char* y = static_cast<char*>(call_.y) + (token * weight_.out_features + n) * element_;
+    kernel_.write(sums, int(parts_), call_.rows * padded_, bias == nullptr ? nullptr : bias + n * element_, y,
+                  weight_.dtype, rows);
   }
 
   const Gemm call_;
@@ -152,7 +170,8 @@ class Product {
   const Tiling tiling_;
   const int element_;     // bytes of a float
   const int64_t parts_;   // of K
-  const int64_t ranges_;  // of the rows
+  const int64_t groups_;  // of the rows of x
+  const int64_t ranges_;  // of the rows of W
   const int64_t padded_;  // N rounded up to whole blocks
   float *prepared_ = nullptr, *sums_ = nullptr;
 };

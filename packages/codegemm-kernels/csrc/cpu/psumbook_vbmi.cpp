@@ -177,7 +177,7 @@ void write(const float* sums, int parts, int64_t stride, const void* bias, void*
 
 }  // namespace
 
-const PsumbookKernel kPsumbook = {prepare, build, look_up, write, tile_block, kTableBytes, 64};
+const PsumbookKernel kPsumbook = {prepare, build, look_up, write, tile_block, kTableBytes, 1 << 30};
 
 }  // namespace codegemm::cpu::vbmi
 #endif

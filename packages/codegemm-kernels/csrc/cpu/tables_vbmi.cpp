@@ -21,24 +21,15 @@ inline bool is_finite(float magnitude) { return magnitude <= 3.4028235e38f; }
 
 // --- Codebooks -------------------------------------------------------------------------------------------------------
 
-// Entries are laid out such that packing the sums of 64 of them to bytes, which interleaves within 128 bits, puts entry
-// e at byte e. This is the entry whose sum is in lane l of the q-th of the four registers.
-inline __m512i entry_of(bool wide, int q) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i row = _mm512_slli_epi32(_mm512_srli_epi32(lane, 2), 4),
-                column = _mm512_and_si512(lane, _mm512_set1_epi32(3));
-  if (wide) return _mm512_add_epi32(_mm512_add_epi32(row, column), _mm512_set1_epi32(4 * q));
-  return _mm512_add_epi32(_mm512_add_epi32(row, _mm512_slli_epi32(column, 1)), _mm512_set1_epi32(8 * (q / 2) + q % 2));
-}
-
-// Codebooks in fp32 as [m, v, 256] in the order of entry_of; returns the largest magnitude.
+// Codebooks in fp32 as [m, v, 256]; returns the largest magnitude, for fp16 and bf16.
 float widen(const Weight& weight, float* to) {
   const bool wide = weight.dtype == DType::kFloat32;
   const int v = weight.vector_length;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i peak = _mm512_setzero_si512();
   for (int i = 0; i < weight.num_codebooks; ++i) {
     for (int block = 0; block < 16; ++block) {
-      const __m512i entry = _mm512_add_epi32(entry_of(wide, block % 4), _mm512_set1_epi32(i * 256 + block / 4 * 64));
+      const __m512i entry = _mm512_add_epi32(lane, _mm512_set1_epi32(i * 256 + block * 16));
       const __m512i at = _mm512_mullo_epi32(entry, _mm512_set1_epi32(v));
       float* column = to + i * v * 256 + block * 16;
       for (int t = 0; t < v; t += wide ? 1 : 2) {
@@ -111,36 +102,42 @@ namespace {
 
 // Two planes of 64 entries from sums of 31 bits: the digits are bits 24 to 30 and 17 to 23.
 inline void store_digits(const __m512i* sum, uint8_t* table) {
-  const __m512i pick = _mm512_set1_epi64(0x3828180831211101);  // bits 1, 17, 33, 49 and 8, 24, 40, 56 of 64
-  __m512i digits[2];
-  for (int h = 0; h < 2; ++h) {
-    const __m512i words = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(sum[2 * h], 16), sum[2 * h + 1]);
-    digits[h] = _mm512_multishift_epi64_epi8(pick, words);
-  }
-  const __m512 a = from_bits(digits[0]), b = from_bits(digits[1]);
-  const __m512i low = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
+  const __m512i lane = _mm512_setr_epi32(0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430, 0x4c484440, 0x5c585450,
+                                         0x6c686460, 0x7c787470, 0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430,
+                                         0x4c484440, 0x5c585450, 0x6c686460, 0x7c787470);
+  const __m512i top = _mm512_inserti64x4(_mm512_set1_epi8(2), _mm256_set1_epi8(3), 0);
+  const __m512i pick = _mm512_or_si512(lane, top);  // the high bytes of 32 dwords, then the bytes below
+  const __m512i a = _mm512_permutex2var_epi8(sum[0], pick, sum[1]), b = _mm512_permutex2var_epi8(sum[2], pick, sum[3]);
+  const __m512i low = _mm512_srli_epi16(_mm512_shuffle_i64x2(a, b, 0xee), 1);
   _mm512_store_si512(table, _mm512_and_si512(low, _mm512_set1_epi8(127)));
-  _mm512_store_si512(table + 256, _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+  _mm512_store_si512(table + 256, _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1));
 }
 
-// Tables of a segment's positions; those that `skip` names hold zeros.
-void build_integers(const BuildTables& job, const int32_t* x, uint32_t skip, uint8_t* tables) {
-  const int m = job.weight->num_codebooks, pairs = job.weight->vector_length / 2;
+// Tables of a segment's positions from pairs of inputs [positions, Pairs]. Positions are the inner loop, so that the
+// entries of 64 lanes are loaded once, up to vectors of 8.
+template <int Pairs>
+void build_integers(const BuildTables& job, const int32_t* x, uint8_t* tables) {
+  const int m = job.weight->num_codebooks;
   const int32_t* books = reinterpret_cast<const int32_t*>(static_cast<const float*>(job.prepared) + 16);
   const __m512i middle = _mm512_set1_epi32((1 << 30) + (1 << 16));  // half the range, and rounding
-  for (int p = 0; p < job.positions; ++p, x += pairs) {
-    const int used = skip >> p & 1 ? 0 : pairs;
-    for (int i = 0; i < m; ++i, tables += 512) {
-      for (int block = 0; block < 256; block += 64) {
+  for (int i = 0; i < m; ++i) {
+    for (int block = 0; block < 256; block += 64) {
+      __m512i book[Pairs][4];
+#pragma GCC unroll 8
+      for (int t = 0; t < Pairs; ++t) {
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) book[t][q] = _mm512_loadu_si512(books + (i * Pairs + t) * 256 + block + 16 * q);
+      }
+#pragma GCC unroll 1
+      for (int p = 0; p < job.positions; ++p) {
         __m512i sum[4] = {middle, middle, middle, middle};
-        const int32_t* book = books + i * pairs * 256 + block;
-        for (int t = 0; t < used; ++t) {
-          const __m512i input = _mm512_set1_epi32(x[t]);
-          for (int q = 0; q < 4; ++q) {
-            sum[q] = _mm512_dpwssd_epi32(sum[q], _mm512_loadu_si512(book + t * 256 + 16 * q), input);
-          }
+#pragma GCC unroll 8
+        for (int t = 0; t < Pairs; ++t) {
+          const __m512i input = _mm512_set1_epi32(x[p * Pairs + t]);
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) sum[q] = _mm512_dpwssd_epi32(sum[q], book[t][q], input);
         }
-        store_digits(sum, tables + block);
+        store_digits(sum, tables + (p * m + i) * 512 + block);
       }
     }
   }
@@ -222,7 +219,12 @@ void build_narrow(const BuildTables& job, Tables* tables) {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + k), _mm512_set1_ps(factor)));
       _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + k / 2), _mm512_cvtsepi32_epi16(rounded));
     }
-    build_integers(job, pairs, !split ? 0 : pass == 0 ? ~0u : large, last);
+    if (split) {  // the large ones are not among these: build_large makes their tables, and the first pass has no others
+      for (int k = 0; k < count / 2; ++k) pairs[k] = pass == 0 || (large >> (2 * k / v) & 1) ? 0 : pairs[k];
+    }
+    if (v == 4) build_integers<2>(job, pairs, last);
+    if (v == 8) build_integers<4>(job, pairs, last);
+    if (v == 16) build_integers<8>(job, pairs, last);
   }
   if (split) {
     build_large(job, x, large, tables->units, tables->memory,
@@ -262,8 +264,10 @@ void build_wide(const BuildTables& job, Tables* tables) {
       for (int plane = 0; plane < 3; ++plane) {
         __m512i digits[4];
         for (int q = 0; q < 4; ++q) digits[q] = _mm512_and_si512(_mm512_srli_epi32(value[q], 7 * plane), digit);
-        const __m512i low = _mm512_packus_epi32(digits[0], digits[1]), high = _mm512_packus_epi32(digits[2], digits[3]);
-        _mm512_store_si512(tables->memory + (l * 3 + plane) * 256 + block, _mm512_packus_epi16(low, high));
+        for (int q = 0; q < 4; ++q) {
+          _mm_store_si128(reinterpret_cast<__m128i*>(tables->memory + (l * 3 + plane) * 256 + block + 16 * q),
+                          _mm512_cvtepi32_epi8(digits[q]));
+        }
       }
     }
   }
