@@ -1,6 +1,7 @@
 // Random shapes, schemes, strides and offsets through the public API against the exact product in fp64. Needs nvcc and
 // a GPU only; compute-sanitizer runs over it too (give it a small count):
-//   nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc benchmarks/check.cu csrc/cuda/*.cu -o check && ./check 300
+//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc benchmarks/check.cu csrc/cuda/*.cu -o check &&
+//   ./check 300
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -52,7 +53,7 @@ Case random_case(bool small) {
   c.columns = unit * (1 + generator() % (small ? 600 / unit + 2 : 9000 / unit + 2));
   c.rows = pick({1, 3, 8, 16, 24, 31, 64, 100, 1000, 1001, 1028, 4096});
   if (small) c.rows = std::min(c.rows, 100);
-  c.tokens = pick({1, 1, 1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 70, 130});
+  c.tokens = pick({1, 1, 1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 70, 130, 300});
   c.offset = pick({0, 0, 0, 1});
   c.count = pick({1, 1, 2, 3});
   c.bias = pick({0, 1});

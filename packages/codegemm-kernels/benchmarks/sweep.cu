@@ -1,5 +1,6 @@
 // Times tile constants and launch plans of the fast kernels against reading the same bytes. Needs nvcc and a GPU only:
-//   nvcc -std=c++17 -O3 -arch=sm_90 -Icsrc benchmarks/sweep.cu -o sweep && ./sweep results.jsonl
+//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc benchmarks/sweep.cu -o sweep && ./sweep
+//   results.jsonl
 #include <cmath>
 #include <string>
 
@@ -7,6 +8,7 @@
 #include "cuda/codebook_mma.cuh"
 #include "cuda/psumbook.cuh"
 #include "cuda/launch.h"
+#include "cuda/tile_map.h"
 #include "measure.cuh"
 
 using namespace codegemm;
@@ -22,7 +24,7 @@ using T = __half;
 
 struct Data {
   Buffer<uint32_t> codes{kPoolBytes / 4};
-  Buffer<T> codebooks{4 * 256 * 16}, scales{size_t(64) << 20}, x{64 * 32768}, y{64 * 65536 * 2};
+  Buffer<T> codebooks{4 * 256 * 16}, scales{size_t(64) << 20}, x{128 * 32768}, y{128 * 65536};
   Buffer<uint32_t> never{1};
 };
 
@@ -141,6 +143,33 @@ void time_gemm(FILE* out, const Data& d, const Problem& q, double stream_us) {
   }
 }
 
+template <int V, int kBooks, int kN>
+void time_wgmma(FILE* out, const Data& d, const Problem& q, double stream_us) {
+  const auto kernel = codebook_wgmma_kernel<T, V, kBooks, kN>;
+  for (int groups : {2, 4}) {
+    for (int cluster = 1; cluster <= 8; ++cluster) {
+      Gemm call = make_call(d, q, 0);
+      Product p = make_product(&call, 1);
+      const WgmmaShape shape = make_wgmma_shape(p, V, kN, groups, cluster, kSharedLimit - 2048);
+      const int tiles = shape.first_tile[kMaxSegments] * shape.token_tiles;
+      const LaunchConfig config = {tiles * cluster, groups * 128 + kProducerThreads, shape.bytes, cluster, true};
+      const int clusters = active_clusters(kernel, config);
+      TileMap x;
+      if (shape.stages.each < 1 || clusters < 1 || !make_tile_map(x, p, q.columns, kN)) continue;
+      const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
+        Gemm c = make_call(d, q, i);
+        Product product = make_product(&c, 1);
+        product.rows_per_range = p.rows_per_range;
+        bench::require(launch_kernel(kernel, config, stream, product, shape, x), "codebook_wgmma");
+      });
+      char plan[160];
+      std::snprintf(plan, sizeof plan, "tokens %d groups %d cluster %d of %d tiles %d stages %d slots %d", kN, groups,
+                    cluster, clusters, tiles, shape.stages.first(1), shape.slots);
+      report(out, q, "wgmma", plan, us, stream_us);
+    }
+  }
+}
+
 double stream_time(const Data& d, const Problem& q) {
   const size_t bytes = size_t(q.m) * q.columns / q.v * q.rows;
   double best = 1e9;
@@ -164,6 +193,11 @@ void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
   q.tokens = 64;
   time_gemm<V, 4, 1>(out, d, q, stream);
   if (V == 4) time_gemm<V, 4, V == 4 ? 2 : 1>(out, d, q, stream);
+  time_wgmma<V, V / 4, 64>(out, d, q, stream);
+  q.tokens = 32;
+  time_wgmma<V, V / 4, 32>(out, d, q, stream);
+  q.tokens = 128;
+  time_wgmma<V, V / 4, 128>(out, d, q, stream);
 }
 
 // One plan of each kernel, to be run under a profiler.

@@ -93,13 +93,22 @@ macro(codegemm_add_cuda target)
     endif()
     enable_language(CUDA)
     codegemm_cuda_architectures(cuda_architectures)
-    target_sources(${target} PRIVATE ${cuda_sources})
-    set_target_properties(
-      ${target} PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
-      CUDA_RUNTIME_LIBRARY Static)
-    # --threads compiles the architectures of one file side by side.
-    target_compile_options(
-      ${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2 -Xcompiler=-fvisibility=hidden>)
+    # Instructions that only capability 9.0 has; the launcher calls them nowhere else.
+    set(hopper_sources ${cuda_sources})
+    list(FILTER hopper_sources INCLUDE REGEX "_wgmma\\.cu$")
+    list(FILTER cuda_sources EXCLUDE REGEX "_wgmma\\.cu$")
+    add_library(codegemm_hopper OBJECT ${hopper_sources})
+    target_include_directories(codegemm_hopper PRIVATE csrc)
+    target_sources(${target} PRIVATE ${cuda_sources} $<TARGET_OBJECTS:codegemm_hopper>)
+    set_target_properties(codegemm_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
+    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}")
+    foreach(compiled IN ITEMS ${target} codegemm_hopper)
+      set_target_properties(
+        ${compiled} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static)
+      # --threads compiles the architectures of one file side by side.
+      target_compile_options(
+        ${compiled} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2 -Xcompiler=-fvisibility=hidden>)
+    endforeach()
     target_compile_definitions(${target} PUBLIC CODEGEMM_WITH_CUDA)
     message(STATUS
       "codegemm: CUDA kernels ON (nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${cuda_architectures}, "

@@ -9,7 +9,7 @@ if torch.cuda.is_available():
 
     def test_capture_and_replay(make_weight):
         weight = make_weight("m2v8g128", 256, 512, torch.float16, "cuda")
-        for rows in (1, 4, 200):
+        for rows in (1, 4, 200, 1100):
             x = torch.randn(rows, 512, dtype=torch.float16, device="cuda")
             ops.gemm(x, *weight)  # first call outside the capture
             torch.cuda.synchronize()
@@ -33,7 +33,7 @@ if torch.cuda.is_available():
         stream.synchronize()
         assert torch.equal(y, expected)
 
-    @pytest.mark.parametrize("rows", [1, 5, 40])
+    @pytest.mark.parametrize("rows", [1, 5, 40, 300])
     def test_a_chain_in_a_graph_waits_for_its_inputs(make_weight, rows):
         """Kernels of a graph may start before the one whose result they read has ended (dependent launches)."""
         weights = [make_weight("m1v4g128", 1024, 1024, torch.float16, "cuda") for _ in range(8)]

@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kGemmWarps * 32, gemm_blocks(V, kTiles))
   float* sums = reinterpret_cast<float*>(gemm_shared + shape.x);
   total.put(sums + warp * (32 * kStrips), p.rows_per_range + 4, lane);
   cluster_sync();
-  reduce_tokens<T>(p, segment, sums, shape.share_rows, first);
+  reduce_tokens<T>(p, segment, sums, shape.share_rows, first, 0, p.tokens, blockDim.x);
   cluster_sync_relaxed();  // no block leaves while another reads its sums
 }
 

@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kMmaWarps * 32, 1)
       add_joined<kTokens>(p, part, sums, joined, warps, warp, lane);
     }
     cluster_sync();
-    reduce_tokens<T>(p, segment, sums, shape.share_rows, first);
+    reduce_tokens<T>(p, segment, sums, shape.share_rows, first, 0, p.tokens, blockDim.x);
     cluster_sync_relaxed();  // no block overwrites its sums, or leaves, while another reads them
   }
 }

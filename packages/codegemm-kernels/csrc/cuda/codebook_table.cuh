@@ -146,15 +146,16 @@ __device__ __forceinline__ void stage_x(unsigned char* staged, const Product& p,
 
 // Adds the sums of all blocks of the cluster, in rank order, and stores this block's share of the rows (share: a
 // multiple of 4) of sums[token][row]: four rows a thread, so that few threads' loads from other blocks follow one
-// another.
+// another. first, first_token: what row and token 0 of the sums are in the segment and in x. The block's first
+// `threads` threads call it.
 template <typename T>
 __device__ __forceinline__ void reduce_tokens(const Product& p, const Segment& segment, const float* sums, int share,
-                                              int64_t first) {
+                                              int64_t first, int first_token, int tokens, int threads) {
   const int size = cluster_size(), pitch = p.rows_per_range + 4, begin = cluster_rank() * share;
   const int end = int(min(int64_t(min(begin + share, p.rows_per_range)), segment.out_features - first));
   const int quads = (end - begin) / 4;  // N is a multiple of 4
 #pragma unroll 2
-  for (int i = threadIdx.x; i < quads * p.tokens; i += blockDim.x) {
+  for (int i = threadIdx.x; i < quads * tokens; i += threads) {
     const int token = i / quads, row = begin + (i - token * quads) * 4;
     const float4 sum = sum_over_cluster<float4>(shared_address(sums + token * pitch + row), size);
     float bias[4] = {};
@@ -164,7 +165,7 @@ __device__ __forceinline__ void reduce_tokens(const Product& p, const Segment& s
     }
     T out[4] = {from_float<T>(sum.x + bias[0]), from_float<T>(sum.y + bias[1]), from_float<T>(sum.z + bias[2]),
                 from_float<T>(sum.w + bias[3])};
-    *reinterpret_cast<uint2*>(static_cast<T*>(segment.y) + token * segment.out_features + first + row) =
+    *reinterpret_cast<uint2*>(static_cast<T*>(segment.y) + (first_token + token) * segment.out_features + first + row) =
         *reinterpret_cast<const uint2*>(out);
   }
 }

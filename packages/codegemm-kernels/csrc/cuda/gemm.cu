@@ -69,6 +69,10 @@ bool prefers_psumbook(const Gemm* calls, int count) {
 const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
   const bool psumbook = prefers_psumbook(calls, count) && device_limits(device).capability >= 90;
   const int64_t tokens = calls[0].rows;
+  if (tokens > kMmaTokens && device_limits(device).capability == 90) {
+    const char* error = codebook_wgmma_gemm(calls, count, device, stream);
+    if (error != kDoesNotFit) return error;
+  }
   for (int64_t token = 0; token < tokens;) {
     int64_t rows = psumbook ? 1 : tokens - token < kGemmTokens ? tokens - token : kGemmTokens;
     const char* error = kDoesNotFit;

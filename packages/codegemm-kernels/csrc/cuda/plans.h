@@ -8,19 +8,21 @@ namespace codegemm::cuda {
 
 // What a plan depends on, besides the kernel.
 struct PlanKey {
-  int device, words, num_codebooks, words_per_group;
+  int device, words, num_codebooks, words_per_group, token_tiles;
   int64_t rows[kMaxSegments];
   PlanKey() = default;
-  PlanKey(const Product& p, int on_device)
+  PlanKey(const Product& p, int on_device, int tiles = 1)
       : device(on_device),
         words(p.words),
         num_codebooks(p.num_codebooks),
-        words_per_group(int(p.words_per_group.value)) {
+        words_per_group(int(p.words_per_group.value)),
+        token_tiles(tiles) {
     for (int i = 0; i < kMaxSegments; ++i) rows[i] = i < p.segments ? p.segment[i].out_features : 0;
   }
   bool operator==(const PlanKey& other) const {
     return device == other.device && words == other.words && num_codebooks == other.num_codebooks &&
-           words_per_group == other.words_per_group && std::equal(rows, rows + kMaxSegments, other.rows);
+           words_per_group == other.words_per_group && token_tiles == other.token_tiles &&
+           std::equal(rows, rows + kMaxSegments, other.rows);
   }
 };
 

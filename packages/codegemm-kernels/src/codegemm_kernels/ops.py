@@ -14,14 +14,13 @@ from torch import Tensor
 from codegemm_kernels import _C, reference
 from codegemm_kernels.checks import DTYPES, check_devices, check_group, check_input, check_tiling, check_weight
 from codegemm_kernels.errors import BadInput
+from codegemm_kernels.kernel_choice import suits_cuda_kernels
 from codegemm_kernels.scheme import CODES_PER_WORD
 
 # On the CPU, x with many rows is multiplied by dequantised panels of W: see docs/log.md, CPU kernels.
 _MIN_PANEL_FEATURES = 256  # below, the kernel is quicker than the calls to torch
 _PANEL_BYTES = 4 << 20
-# On a GPU the same from these row counts on. The tensor-core kernel takes up to 64 rows at a time, and two such rounds
-# cost less than panels (docs/log.md); fp32 has none.
-_MAX_CUDA_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 8}
+# On a GPU the same where kernel_choice says so.
 _CUDA_PANEL_BYTES = 32 << 20  # stays in the L2 of an H200 (60 MB) between its two uses; at most half a matrix
 _NO_CUDA = (
     "this build of codegemm-kernels has no CUDA kernels: rebuild it where nvcc is found (CODEGEMM_CUDA=ON, with "
@@ -32,7 +31,7 @@ _NO_CUDA = (
 def _as_rows(x: Tensor) -> Tensor:
     """View x [..., K] as rows [M, K] whose elements are adjacent, copying only where no such view exists."""
     if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -128,7 +127,7 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
         return y
     rows = _as_rows(x)
     codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
-    if rows.shape[0] > _MAX_CUDA_ROWS[x.dtype]:
+    if not suits_cuda_kernels(rows, codes, codebooks):
         _gemm_by_cuda_panels(rows, codes, codebooks, scales, bias, y.view(-1, N))
         return y
     bias = None if bias is None else bias.contiguous()
@@ -220,13 +219,13 @@ def _gemm_grouped_compiled(
 
 def _fit_one_launch(rows: Tensor, codes: list[Tensor], codebooks: list[Tensor], scales: list[Tensor]) -> bool:
     """Whether there are several matrices of one scheme and order of codes, and few enough rows for the kernels."""
-    if rows.is_cuda:
-        max_rows = _MAX_CUDA_ROWS.get(rows.dtype, 0) if _C.has_cuda else 0
-    else:
-        max_rows = _C.max_gemm_rows()
     schemes = {(one.shape[0], one.shape[2]) for one in codebooks if one.dim() == 3}
     same = len(schemes) == len({len(one) for one in scales}) == len({one.dtype for one in codes}) == 1
-    return same and len(codes) > 1 and 0 < rows.shape[0] <= max_rows
+    if not same or rows.shape[0] == 0 or len(codes) < 2 or any(one.dim() != 3 for one in [*codebooks, *codes]):
+        return False
+    if not rows.is_cuda:
+        return rows.shape[0] <= _C.max_gemm_rows()
+    return _C.has_cuda and all(suits_cuda_kernels(rows, *one) for one in zip(codes, codebooks, strict=True))
 
 
 def _gemm_grouped_fake(

@@ -37,6 +37,8 @@ struct Block;
 struct Thread {
   std::vector<std::function<void()>> group;                // copies that the thread has not committed
   std::vector<std::vector<std::function<void()>>> groups;  // and has not waited for
+  std::vector<std::function<void()>> products;             // likewise of the tensor cores
+  std::vector<std::vector<std::function<void()>>> product_groups;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Block* block = nullptr;

@@ -3,6 +3,7 @@
 
 #include "cuda/codebook_gemm.cuh"
 #include "cuda/codebook_mma.cuh"
+#include "cuda/codebook_wgmma.cuh"
 #include "cuda/psumbook.cuh"
 
 using namespace codegemm;
@@ -84,6 +85,17 @@ bool run_gemm(Product p, unsigned seed) {
   return true;
 }
 
+template <typename T, int V, int kBooks, int kN>
+bool run_wgmma(Product p, unsigned seed) {
+  const int cluster = pick({1, 2, 3}), groups = pick({2, 4});
+  const WgmmaShape shape = make_wgmma_shape(p, V, kN, groups, cluster, pick({90, 113, 227}) * 1024);
+  if (shape.stages.each == 0 || shape.slots < 3) return false;
+  const TileMap x = {static_cast<const uint16_t*>(p.x), p.x_row_stride, p.words * 4 * V, p.tokens, kN};
+  emulation::launch(shape.first_tile[kMaxSegments] * shape.token_tiles * cluster, groups * 128 + kProducerThreads,
+                    cluster, shape.bytes, seed, [&] { codebook_wgmma_kernel<T, V, kBooks, kN>(p, shape, x); });
+  return true;
+}
+
 template <typename T, int V, int kShare>
 bool run_psumbook(Product p, unsigned seed) {
   const int cluster = pick({1, 2, 4}), ranges = pick({1, 2, 3});
@@ -100,6 +112,13 @@ bool run(const Product& p, int kernel, unsigned seed) {
 #if CODEGEMM_HAS_CLUSTERS
   if (kernel < 2 && p.tokens == 1)
     return p.num_codebooks % 2 ? run_psumbook<T, V, 1>(p, seed) : run_psumbook<T, V, 2>(p, seed);
+#endif
+#if CODEGEMM_HAS_CLUSTERS
+  if constexpr (V <= 8) {
+    if (kernel && fits_wgmma(p, V)) {
+      return p.num_codebooks == 1 ? run_wgmma<T, V, 1, 32>(p, seed) : run_wgmma<T, V, 2, 32>(p, seed);
+    }
+  }
 #endif
   if (p.tokens > 32) return p.num_codebooks % 2 ? run_gemm<T, V, 4, 2, 1>(p, seed) : run_gemm<T, V, 4, 1, 2>(p, seed);
   if (p.tokens > 16) return p.num_codebooks % 2 ? run_gemm<T, V, 2, 1, 1>(p, seed) : run_gemm<T, V, 2, 2, 2>(p, seed);
