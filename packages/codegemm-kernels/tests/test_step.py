@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -288,6 +289,24 @@ def test_what_is_refused() -> None:
         Step(3, torch.float32).attend(q, k, k, torch.empty(3, 192), case.cache)
     with pytest.raises(BadInput, match=r"is none for 5 rows"):
         Step(5, torch.float32).attend(q, k, k, torch.empty(5, 256), case.cache)
+
+
+def test_callers_on_several_threads() -> None:
+    """Each step counts its runs, the tokens of one being those of the next; the interpreter's lock is let go."""
+    table = torch.eye(97).roll(1, 1)  # token t leads to t + 1
+    steps, tokens = [], [torch.zeros(1, dtype=torch.long) for _ in range(2)]
+    for own in tokens:
+        step, x, y = Step(1, torch.float32), torch.empty(1, 97), torch.empty(1, 97)
+        step.embed(table, own, x)
+        step.dense(x, torch.eye(97), None, y)
+        step.choose(y, own)
+        step.prepare()
+        steps.append(step)
+    with ThreadPoolExecutor(6) as pool:
+        runs = [pool.submit(steps[i % 2].run) for i in range(200)]
+    for done in runs:
+        done.result()
+    assert [int(own) for own in tokens] == [100 % 97] * 2
 
 
 def test_a_step_keeps_its_tensors() -> None:

@@ -207,7 +207,8 @@ def test_a_recorded_step_sees_weights_that_change() -> None:
     for change in (
         lambda: model.model.layers[0].self_attn.q_proj.codebooks.mul_(-1),  # codes, read when a request begins
         lambda: model.model.layers[1].self_attn.k_norm.weight.mul_(-1),
-        lambda: replace_weight(model.model.layers[2].mlp.up_proj),
+        lambda: replace_weight(model.model.layers[2].mlp.up_proj, torch.randn(96, 64) / 4),
+        lambda: replace_weight(model.model.layers[0].mlp.up_proj, torch.randn(64, 96).t() / 4),  # torch multiplies it
     ):
         before = tokens_of(engine, PROMPTS[:1], Request(12))
         change()
@@ -216,8 +217,8 @@ def test_a_recorded_step_sees_weights_that_change() -> None:
         assert after == tokens_of(Engine(model), PROMPTS[:1], Request(12))
 
 
-def replace_weight(linear: torch.nn.Linear) -> None:
-    linear.weight = torch.nn.Parameter(torch.randn_like(linear.weight) / 4, requires_grad=False)
+def replace_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> None:
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gemma2"])

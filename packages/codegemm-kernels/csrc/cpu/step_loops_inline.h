@@ -49,10 +49,16 @@ void dense_block(const Dense& op, const float* x, int64_t n, int64_t row) {
   x += row * K;
   Lanes sums[M][Outputs] = {};
   int64_t k = 0;
+  // The hardware stops fetching at the ends of pages, and so of many rows: the next block is fetched by hand.
+  const char* next = reinterpret_cast<const char*>(weight + Outputs * K);
   for (; k + kLanes <= K; k += kLanes) {
+    for (unsigned line = 0; line < Outputs * kLanes * sizeof(T); line += 64) __builtin_prefetch(next + line, 0, 2);
+    next += Outputs * kLanes * sizeof(T);
+    Lanes inputs[M];
+    for (int m = 0; m < M; ++m) inputs[m] = load(x + m * K + k);
     for (int o = 0; o < Outputs; ++o) {
       const Lanes w = load(weight + o * K + k);
-      for (int m = 0; m < M; ++m) sums[m][o] += w * load(x + m * K + k);
+      for (int m = 0; m < M; ++m) sums[m][o] += w * inputs[m];
     }
   }
   if (k < K) {

@@ -1,7 +1,8 @@
 """A decode step on the CPU as one call of compiled code, recorded once a batch size: `forward.step` without torch.
 
 Layers, norms, attention, gates, head and greedy choice are recorded. Products with more rows than their kernels are
-for, and embeddings that do more than look up, stay calls of torch between recorded parts.
+for or with weights whose elements do not lie side by side, and embeddings that do more than look up, stay calls of
+torch between recorded parts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class RecordedStep:
     """`run` reads `tokens` [batch] and `lengths` [batch]; then `logits` and `best`, their argmax, are the step's."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, tokens: Tensor, lengths: Tensor) -> None:
-        """Raises BadInput for a dtype without kernels, and for weights whose elements do not lie side by side."""
+        """Raises BadInput for a dtype without kernels."""
         self._decoder, self._cache = decoder, cache
         self._tokens, self._lengths = tokens, lengths
         self._parts: list[Step | Callable[[], object]] = []
@@ -96,7 +97,8 @@ class RecordedStep:
 
     def _embed(self, residual: Tensor) -> None:
         embedding, tokens = self._decoder.embedding, self._tokens
-        if isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward:
+        plain = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
+        if plain and _is_contiguous(embedding):
             self._step().embed(embedding.weight, tokens, residual)
         else:
             self._parts.append(lambda: residual.copy_(embedding(tokens)))
@@ -105,26 +107,24 @@ class RecordedStep:
         """Append x [batch, K] times the matrices of a product; its outputs, as calling it would return them."""
         linears = product.linears
         ys = [self._buffer(f"{name}{i}", linear.out_features) for i, linear in enumerate(linears)]
-        rows = x.shape[0]
-        if all(isinstance(linear, CodebookLinear) for linear in linears) and rows <= max_product_rows():
+        pairs = list(zip(linears, ys, strict=True))
+        coded = [(linear, y) for linear, y in pairs if isinstance(linear, CodebookLinear)]
+        if coded and x.shape[0] <= max_product_rows() and all(_is_contiguous(linear) for linear, _ in coded):
             self._step().products(
                 x,
-                [linear.codes for linear in linears],
-                [linear.codebooks for linear in linears],
-                [linear.scales for linear in linears],
-                [linear.bias for linear in linears],
-                ys,
+                [linear.codes for linear, _ in coded],
+                [linear.codebooks for linear, _ in coded],
+                [linear.scales for linear, _ in coded],
+                [linear.bias for linear, _ in coded],
+                [y for _, y in coded],
             )
-        else:
-            for linear, y in zip(linears, ys, strict=True):
-                self._linear(linear, x, y)
+            pairs = [(linear, y) for linear, y in pairs if not isinstance(linear, CodebookLinear)]
+        for linear, y in pairs:
+            self._linear(linear, x, y)
         return ys if product.sizes is None else list(ys[0].split(list(product.sizes), dim=-1))
 
     def _linear(self, linear: nn.Module, x: Tensor, y: Tensor) -> None:
-        rows = x.shape[0]
-        if isinstance(linear, CodebookLinear) and rows <= max_product_rows():
-            self._step().products(x, [linear.codes], [linear.codebooks], [linear.scales], [linear.bias], [y])
-        elif isinstance(linear, nn.Linear) and rows <= MAX_DENSE_ROWS:
+        if isinstance(linear, nn.Linear) and x.shape[0] <= MAX_DENSE_ROWS and _is_contiguous(linear):
             self._step().dense(x, linear.weight, linear.bias, y)
         else:
             one = Product([linear])
@@ -146,6 +146,11 @@ class RecordedStep:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
         )
+
+
+def _is_contiguous(module: nn.Module) -> bool:
+    """Whether the elements of each of its parameters lie side by side."""
+    return all(parameter.is_contiguous() for parameter in module.parameters(recurse=False))
 
 
 def _places(decoder: Decoder) -> Iterator[int]:
