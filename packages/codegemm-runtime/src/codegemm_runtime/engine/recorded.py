@@ -97,8 +97,8 @@ class RecordedStep:
 
     def _embed(self, residual: Tensor) -> None:
         embedding, tokens = self._decoder.embedding, self._tokens
-        plain = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
-        if plain and _is_contiguous(embedding):
+        plain = type(embedding).forward is nn.Embedding.forward
+        if isinstance(embedding, nn.Embedding) and plain and _is_contiguous(embedding):
             self._step().embed(embedding.weight, tokens, residual)
         else:
             self._parts.append(lambda: residual.copy_(embedding(tokens)))
