@@ -37,7 +37,7 @@ MAX_BYTES = 64 << 20
 SYSTEM_LIBRARIES = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
 SYSTEM_LIBRARIES |= {"libc.so.6", "ld-linux-x86-64.so.2"}
 """All that manylinux allows a wheel to find on the machine, as far as C++ needs it. No libcuda, no libcudart."""
-ARCHITECTURES = {"cpu": [], "cuda": ["sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90"]}
+ARCHITECTURES = {"cpu": [], "cuda": ["sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"]}
 PTX = {"cpu": [], "cuda": ["sm_120"]}
 
 USERS = {  # what is installed, whose quick start is followed, what must not come along
@@ -212,7 +212,7 @@ def gpu_code(module: Path, what: str) -> list[str]:
         "import subprocess, sys, nvidia.cu13 as cu; subprocess.run([cu.__path__[0] + '/bin/cuobjdump', *sys.argv[1:]])"
     )
     listed = uv("run", "--no-project", "--with", "nvidia-cuda-cuobjdump==13.4.*", "python", "-c", dump, what, module)
-    return sorted(set(re.findall(r"\bsm_\d+", listed)))
+    return sorted(set(re.findall(r"\bsm_\d+a?", listed)))
 
 
 def quick_start(python: Path, package: str) -> list[tuple[str, str]]:
