@@ -7,6 +7,7 @@
 #include "cpu/decode.h"
 #include "cpu/features.h"
 #include "cpu/floats.h"
+#include "cpu/many_rows.h"
 #include "cpu/pool.h"
 #include "cpu/psumbook.h"
 #include "cpu/tiling.h"
@@ -16,6 +17,16 @@ namespace {
 
 // Rows of x up to which lookups are taken to beat torch on a processor with AMX; a guess, none has been measured.
 constexpr int kMaxRowsBesideTiles = 64;
+
+#if defined(__x86_64__)
+// Rows of x from which on decoding a tile costs less than tables for every row do.
+constexpr int64_t kManyRows = 48;
+
+bool multiplies_many(const Gemm& call) {
+  return call.rows >= kManyRows && call.weight.dtype != DType::kFloat32 &&
+         instruction_set() == InstructionSet::kAvx512Vbmi;
+}
+#endif
 
 // A thread more for every so many codes decoded or looked up, about 5 us of work: waking a thread can take 50.
 constexpr int64_t kCodesPerThread = 1 << 17;
@@ -38,7 +49,15 @@ void gemm_grouped(const Gemm* calls, int count, int threads) {
   for (int i = 0; i < count; ++i) {
     codes += calls[i].weight.out_features * codes_per_row(calls[i].weight) * calls[i].rows;
   }
-  if (codes > 0) gemm_by_psumbook(calls, count, useful_threads(codes, threads));
+  if (codes == 0) return;
+  const int useful = useful_threads(codes, threads);
+#if defined(__x86_64__)
+  if (multiplies_many(calls[0])) {
+    for (int i = 0; i < count; ++i) gemm_many_rows(calls[i], useful);
+    return;
+  }
+#endif
+  gemm_by_psumbook(calls, count, useful);
 }
 
 void gemm(const Gemm& call, int threads) { gemm_grouped(&call, 1, threads); }

@@ -6,13 +6,12 @@
 #include "cpu/psumbook.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/features.h"
 #include "cpu/pool.h"
+#include "cpu/scratch.h"
 
 namespace codegemm::cpu {
 namespace {
@@ -27,28 +26,6 @@ constexpr int64_t kOutputRows = 4096;   // rows that a task of the last phase ad
 int64_t parts_of(int64_t rows) { return rows >= kTokens ? 1 : rows >= 4 ? 2 : rows >= 2 ? 4 : 8; }
 
 int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory that a thread keeps from call to call, aligned to a cache line.
-class Scratch {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
-      memory_.reset(std::aligned_alloc(64, bytes));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<T*>(memory_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(void* pointer) const { std::free(pointer); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
-};
 
 class Product {
  public:

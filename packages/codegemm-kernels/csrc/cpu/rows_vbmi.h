@@ -47,18 +47,6 @@ inline void load_rows(const void* values, DType dtype, int64_t at, int64_t left,
   }
 }
 
-// The 16 bits of a stored dtype in the low half of each lane.
-inline __m512i narrow_bits(__m512 value, DType dtype) {
-  if (dtype == DType::kFloat16) {
-    return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
-}
-
 // The reverse of load_rows: rounds and stores 64 rows, or as many as are left.
 inline void store_rows(void* y, DType dtype, int64_t at, int64_t left, const __m512* rows) {
   // Lanes of (first, second) half of the 128-bit pieces, back in order.
