@@ -24,7 +24,8 @@ def operands(scheme_text: str, N: int, K: int, rows: int, dtype: torch.dtype) ->
 def row_errors(y: torch.Tensor, x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
     codes, codebooks, scales = weight
     exact = reference.gemm(x.double(), codes, codebooks.double(), scales.double())
-    return (y.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    errors: torch.Tensor = (y.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    return errors
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
