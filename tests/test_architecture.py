@@ -48,7 +48,6 @@ TOO_LARGE: dict[str, str] = {
     f"{ENGINE}/attention_triton.py:_absorb": "part of a kernel",
     f"{ENGINE}/fused_triton.py:_add_norm": "launch arguments, one flat list",
     f"{ENGINE}/fused_triton.py:_gated": "launch arguments, one flat list",
-    "packages/codegemm-kernels/csrc/cuda/psumbook.cuh": "one kernel whose stages share one shared-memory layout",
 }
 """`file` or `file:function`, and why. The list only shrinks."""
 

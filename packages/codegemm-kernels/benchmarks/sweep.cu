@@ -62,9 +62,9 @@ void report(FILE* out, const Problem& q, const char* kernel, const std::string& 
   std::fflush(out);
 }
 
-template <int V, int kShare>
+template <int V, int kSlots, int kShare>
 void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us) {
-  const auto kernel = psumbook_kernel<T, V, kShare>;
+  const auto kernel = psumbook_kernel<T, V, kSlots, kShare, false>;
   for (int cluster : clusters_tried) {
     for (int stages : stages_tried) {
       Gemm call = make_call(d, q, 0);
@@ -72,8 +72,9 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us)
       LaunchConfig config = {0, kPsumbookThreads, kSharedLimit - 2048, cluster, true};
       const int clusters = active_clusters(kernel, config);
       if (clusters == 0) continue;
-      p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), 16) * 16);
-      PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, stages);
+      p.rows_per_range = int(ceil_div(ceil_div(q.rows, clusters), kWarpRows) * kWarpRows);
+      PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, kSlots, stages, false);
+      if (layout.bytes > kSharedLimit - 2048) layout = make_psumbook_layout(p, kShare, cluster, kSlots, stages, true);
       config.shared_bytes = layout.bytes;
       if (config.shared_bytes > kSharedLimit - 2048) continue;
       const int ranges = int(ceil_div(q.rows, p.rows_per_range));
@@ -85,8 +86,8 @@ void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us)
         bench::require(launch_kernel(kernel, config, stream, product, layout), "psumbook");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "cluster %d stages %d ranges %d rows %d shared %d", cluster, stages, ranges,
-                    p.rows_per_range, layout.bytes);
+      std::snprintf(plan, sizeof plan, "cluster %d stages %d tables %d ranges %d rows %d shared %d", cluster, stages,
+                    kSlots, ranges, p.rows_per_range, layout.bytes);
       report(out, q, "psumbook", plan, us, stream_us);
     }
   }
@@ -205,7 +206,7 @@ void profile(FILE* out, const Data& d) {
   Problem q = {28672, 4096, 1, 4, 128, 1};
   clusters_tried = {8};
   stages_tried = {4};
-  time_psumbook<4, 1>(out, d, q, 1);
+  time_psumbook<4, 2, 1>(out, d, q, 1);
   q.tokens = 8;
   clusters_tried = {2};
   time_mma<4, 8>(out, d, q, 1);
@@ -234,10 +235,12 @@ int main(int argc, char** argv) {
     Problem q = {s[0], s[1], 1, 4, 128, 1};
     const double stream = stream_time(d, q);
     report(out, q, "stream", "", stream, stream);
-    time_psumbook<4, 1>(out, d, q, stream);
+    time_psumbook<4, 2, 1>(out, d, q, stream);
+    time_psumbook<4, 4, 1>(out, d, q, stream);
     if (batches) sweep_batches<4>(out, d, q, stream);
     q = {s[0], s[1], 2, 8, 128, 1};
-    time_psumbook<8, 2>(out, d, q, stream);
+    time_psumbook<8, 2, 2>(out, d, q, stream);
+    time_psumbook<8, 4, 2>(out, d, q, stream);
     if (batches) sweep_batches<8>(out, d, q, stream);
   }
   return 0;

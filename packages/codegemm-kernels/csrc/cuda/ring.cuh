@@ -8,7 +8,7 @@
 namespace codegemm::cuda {
 
 constexpr int kMaxStages = 8;
-constexpr int kProducerWarps = 2;  // a copy takes a warp 65 cycles to issue, a stage has 18 to 40 of them
+constexpr int kProducerWarps = 2;  // a copy takes a warp 65 cycles to issue, a stage has 8 to 16 of them
 
 // What the barriers of a ring take of shared memory.
 struct RingBarriers {

@@ -46,6 +46,7 @@ struct Thread {
   bool done = false;
   const uint64_t* waits_for = nullptr;  // blocked while *waits_for == seen
   uint64_t seen = 0;
+  uint64_t arrival = 0;  // generation of the cluster's barrier when the thread arrived there
 };
 
 constexpr int kStaticBytes = 4096, kRedZone = 4096, kSharedBase = 1024;

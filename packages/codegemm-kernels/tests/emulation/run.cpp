@@ -96,14 +96,19 @@ bool run_wgmma(Product p, unsigned seed) {
   return true;
 }
 
-template <typename T, int V, int kShare>
+template <typename T, int V, int kShare, bool kApart>
 bool run_psumbook(Product p, unsigned seed) {
-  const int cluster = pick({1, 2, 4}), ranges = pick({1, 2, 3});
-  p.rows_per_range = int((p.total_rows + ranges - 1) / ranges + 15) / 16 * 16;
-  const PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, pick({2, 3}));
+  const int units = (p.words + 7) / 8 * p.num_codebooks / kShare;  // every block has one, as the launcher sees to
+  const int cluster = std::min(pick({1, 2, 4}), units), ranges = pick({1, 2, 3}), chunk = V == 16 ? 2 : pick({2, 4});
+  p.rows_per_range = int((p.total_rows + ranges - 1) / ranges + 31) / 32 * 32;
+  const PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, chunk, pick({2, 3}), pick({0, 1}));
   const int blocks = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range) * cluster;
-  emulation::launch(blocks, kPsumbookThreads, cluster, layout.bytes, seed,
-                    [&] { psumbook_kernel<T, V, kShare>(p, layout); });
+  emulation::launch(blocks, kPsumbookThreads, cluster, layout.bytes, seed, [&] {
+    if (chunk == 2)
+      psumbook_kernel<T, V, 2, kShare, kApart>(p, layout);
+    else
+      psumbook_kernel<T, V, 4, kShare, kApart>(p, layout);
+  });
   return true;
 }
 
@@ -111,7 +116,10 @@ template <typename T, int V>
 bool run(const Product& p, int kernel, unsigned seed) {
 #if CODEGEMM_HAS_CLUSTERS
   if (kernel < 2 && p.tokens == 1)
-    return p.num_codebooks % 2 ? run_psumbook<T, V, 1>(p, seed) : run_psumbook<T, V, 2>(p, seed);
+    return stage_groups(p) == 8
+               ? p.num_codebooks % 2 ? run_psumbook<T, V, 1, true>(p, seed) : run_psumbook<T, V, 2, true>(p, seed)
+           : p.num_codebooks % 2 ? run_psumbook<T, V, 1, false>(p, seed)
+                                 : run_psumbook<T, V, 2, false>(p, seed);
 #endif
 #if CODEGEMM_HAS_CLUSTERS
   if constexpr (V <= 8) {
