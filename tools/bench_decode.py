@@ -104,7 +104,9 @@ def run(config: Bench) -> dict[str, Any]:
             if config.head_bits is not None and not backend.startswith("llama.cpp"):
                 round_head(model, config.head_bits)
             for row in TIMERS[backend](config, model, rate):
-                row = {"shape": config.shape, "scheme": scheme or backend, "backend": backend} | row
+                row = {"shape": Path(config.shape).name, "scheme": scheme or backend, "backend": backend} | row
+                if config.head_bits is not None and not backend.startswith("llama.cpp"):
+                    row["head_bits"] = config.head_bits
                 result["rows"].append(row)
                 print(*row.values(), file=sys.stderr, flush=True)
                 config.json.write_text(json.dumps(result, indent=1) + "\n")

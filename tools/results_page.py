@@ -142,12 +142,13 @@ def table(section: Section, rows: list[Row]) -> str:
     heads, body = [*columns], [[shown(look_up(row, key)) for key in columns.values()] for row in rows]
     if section.pivot is not None:
         column, value = section.pivot["column"], section.pivot["value"]
-        names = list(dict.fromkeys(look_up(row, column) for row in rows))
+        names = [name for name in dict.fromkeys(look_up(row, column) for row in rows) if name is not None]
         cells: dict[tuple[str, ...], dict[Any, str]] = {}
         for row, keys in zip(rows, map(tuple, body), strict=True):
             cells.setdefault(keys, {})[look_up(row, column)] = shown(look_up(row, value))
         heads += [shown(name) for name in names]
-        body = [[*keys, *(values.get(name, "") for name in names)] for keys, values in cells.items()]
+        full = {keys: values for keys, values in cells.items() if values.keys() & set(names)}
+        body = [[*keys, *(values.get(name, "") for name in names)] for keys, values in full.items()]
     lines = [heads, ["---"] * len(heads), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -243,8 +244,9 @@ def draw_prefill(axes: Axes, rows: list[Row]) -> None:
 def draw_decode(axes: Axes, rows: list[Row]) -> None:
     """Tokens a second against sequences, context 128."""
     shown_rows = [row for row in rows if row.get("context") == 128]
-    for (shape, backend, scheme), mine in groups(shown_rows, "shape", "backend", "scheme").items():
+    for (shape, backend, scheme, bits), mine in groups(shown_rows, "shape", "backend", "scheme", "head_bits").items():
         what = "dense" if scheme == "dense" else f"{scheme}{', transformers' if backend == 'transformers' else ''}"
+        what += "" if bits is None else f", head of {bits} bits"
         line(axes, mine, "batch", "tokens_per_second", f"{shape.rpartition('-')[2].upper()} {what}")
     log_axes(axes, "sequences at a time", "tokens a second")
 

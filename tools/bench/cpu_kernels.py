@@ -86,9 +86,10 @@ def in_turn(calls: dict[str, Callable[[int], object]]) -> dict[str, list[float]]
 
 
 def error(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> float:
-    """|y - exact| / |exact| in Euclidean norms."""
-    y = ops.gemm(x[:8], codes, codebooks, scales).double()
-    exact = reference.gemm(x[:8].double(), codes, codebooks.double(), scales.double())
+    """|y - exact| / |exact| in Euclidean norms, of 8 rows among all: the exact product is slow."""
+    some = slice(None, None, max(1, len(x) // 8))
+    y = ops.gemm(x, codes, codebooks, scales)[some].double()
+    exact = reference.gemm(x[some].double(), codes, codebooks.double(), scales.double())
     return float((y - exact).norm() / exact.norm())
 
 

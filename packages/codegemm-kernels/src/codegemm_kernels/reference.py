@@ -54,12 +54,13 @@ def gemm_error(
 ) -> float:
     """Largest |y - exact| / (sum |w||x| + |bias|) over all outputs, with `exact` computed in float64.
 
-    This is the error every kernel bound is stated in: it does not blow up where an output happens to cancel.
+    |w| is the scale times the sum of the codebooks' |entries|: what a kernel rounds are entries or their products. This
+    is the error every kernel bound is stated in: it does not blow up where an output, or a weight, happens to cancel.
     """
     wide = [t.double() for t in (x, codebooks, scales)]
     weight = dequantize(codes, wide[1], wide[2])
     exact = wide[0] @ weight.t()
-    size = wide[0].abs() @ weight.abs().t()
+    size = wide[0].abs() @ dequantize(codes, wide[1].abs(), wide[2].abs()).t()
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
     error = (y.double() - exact).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)

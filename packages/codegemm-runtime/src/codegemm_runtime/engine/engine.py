@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFILL_CHUNK = 2048
-"""Prompt tokens read at a time: every chunk dequantises all weights, and 2048 rows hide that behind the products."""
-SHORT_PROMPT = 128
-"""Up to this length a prompt is read `SHORT_CHUNK` tokens at a time on a GPU, straight from the codes."""
-SHORT_CHUNK = 64
+"""Prompt tokens read at a time: every chunk decodes all weights, and 2048 rows hide that behind the products."""
 _BUCKETS = (1, 2, 4, 8, 16, 32)
 LARGEST_BATCH = _BUCKETS[-1]
 
@@ -182,11 +179,6 @@ class Engine:
                 raise RuntimeError("another request was begun on this engine: finish one first, or make two engines")
             yield
 
-    def _chunk(self, length: int) -> int:
-        """Tokens of a prompt read at a time."""
-        short = self.decoder.device.type == "cuda" and length <= SHORT_PROMPT
-        return SHORT_CHUNK if short else PREFILL_CHUNK
-
     def _read_prompts(
         self, members: list[tuple[int, int]], prompts: Sequence[Sequence[int]], batch: int, note: bool
     ) -> Tensor:
@@ -201,7 +193,7 @@ class Engine:
                 rows.append(rows[first[i]])
             else:
                 first[i] = slot
-                rows.append(prefill(self.decoder, self.cache, tokens, slot, self._chunk(len(prompts[i]))))
+                rows.append(prefill(self.decoder, self.cache, tokens, slot, PREFILL_CHUNK))
             if note:
                 self.sampler.see(slot, tokens)
         spare = batch - len(members)
