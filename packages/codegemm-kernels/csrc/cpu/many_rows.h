@@ -8,8 +8,8 @@
 
 namespace codegemm::cpu {
 
-constexpr int kBlockWidth = 128;   // inputs of a block of K, which has a unit of its own in each row of x
-constexpr int kColumns = 64;       // rows of W decoded together
+constexpr int kBlockWidth = 128;     // inputs of a block of K, which has a unit of its own in each row of x
+constexpr int kColumns = 64;         // rows of W decoded together
 constexpr int64_t kChunkRows = 256;  // rows of x for which a decoded block is used
 
 // Blocks of K: runs of up to kBlockWidth inputs within a segment, hence within a scale group.
@@ -43,10 +43,10 @@ struct IntegerBooks {
 
 // Rows of x as integers, what they leave over, and their units.
 struct IntegerRows {
-  int64_t stride;              // rows from block to block, up to kChunkRows
-  int16_t *values, *rests;     // [blocks, stride, kBlockWidth], zeros beside the inputs of a block
-  float *units, *rest_units;   // [blocks, stride]; NaN if an input is not finite
-  uint8_t* has_rest;           // [stride]: whether some block has inputs far larger than the others
+  int64_t stride;             // rows from block to block, up to kChunkRows
+  int16_t *values, *rests;    // [blocks, stride, kBlockWidth], zeros beside the inputs of a block
+  float *units, *rest_units;  // [blocks, stride]; NaN if an input is not finite
+  uint8_t* has_rest;          // [stride]: whether some block has inputs far larger than the others
 };
 
 namespace vbmi {
@@ -56,7 +56,8 @@ void prepare_books(const Weight& weight, IntegerBooks* books);
 // Row `at` of a chunk from row `row` of x.
 void to_integers(const Gemm& call, const Blocks& blocks, int64_t row, int64_t at, const IntegerRows& to);
 
-// y of `rows` rows of x, from `first_row` on, and of the kColumns rows of W from n on. memory: of kManyRowsScratch bytes.
+// y of `rows` rows of x, from `first_row` on, and of the kColumns rows of W from n on. memory: of kManyRowsScratch
+// bytes.
 struct Columns {
   const Gemm* call;
   const Blocks* blocks;
@@ -65,7 +66,8 @@ struct Columns {
   int64_t first_row, rows, n;
   void* memory;
 };
-constexpr int64_t kManyRowsScratch = (kBlockWidth * kColumns * 2) + kChunkRows * kColumns * 4 + kTileRows * kTileLookups;
+constexpr int64_t kManyRowsScratch =
+    (kBlockWidth * kColumns * 2) + kChunkRows * kColumns * 4 + kTileRows * kTileLookups;
 void multiply_columns(const Columns& job);
 
 }  // namespace vbmi

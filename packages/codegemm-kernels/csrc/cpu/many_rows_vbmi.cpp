@@ -1,7 +1,7 @@
 // The product for many rows of x for AVX-512 with VBMI and VNNI: sums of 16-bit products, two in a lane.
 //
-// A block of W has kColumns rows in lanes. Register j of four has rows 16q + 4j .. 16q + 4j + 3 in its q-th 128 bits, as
-// bytes of two weights unpack to it.
+// A block of W has kColumns rows in lanes. Register j of four has rows 16q + 4j .. 16q + 4j + 3 in its q-th 128 bits,
+// as bytes of two weights unpack to it.
 #include "cpu/many_rows.h"
 
 #if defined(__AVX512VBMI__)
@@ -175,7 +175,8 @@ float round_inputs(float* x, float length, int16_t* to) {
   return unit;
 }
 
-// Whether the inputs below 1/16 of the largest have on average fewer than 32 steps, so that rounding would cost them 1 %.
+// Whether the inputs below 1/16 of the largest have on average fewer than 32 steps, so that rounding would cost them 1
+// %.
 bool drowns(const float* x, Sizes sizes) {
   __m512 others = _mm512_setzero_ps();
   int count = 0;
@@ -267,8 +268,9 @@ void multiply_columns(const Columns& job) {
     codes += int64_t(job.blocks->offset(k)) * weight.num_codebooks * tile_rows + column;
     decode({codes, tile_rows, some, positions, weight.vector_length, weight.num_codebooks, job.books->bytes, block});
     const int64_t place = k * job.x->stride;
-    MultiplyBlock product = {block, positions * weight.vector_length / 2, job.x->values + place * kBlockWidth,
-                             job.x->units + place, {}, sums};
+    MultiplyBlock product = {
+        block, positions * weight.vector_length / 2, job.x->values + place * kBlockWidth, job.x->units + place, {},
+        sums};
     const int64_t at = tiling.group(segment) * weight.out_features + job.n;
     for (int q = 0; q < 4; ++q) {
       const __m512 scale = load(weight.scales, weight.dtype, at + 16 * q, first(columns - 16 * q));

@@ -16,7 +16,7 @@
 namespace codegemm::cpu {
 namespace {
 
-constexpr int64_t kTokens = 8;         // rows of x handled together, to bound the memory for tables and sums
+constexpr int64_t kTokens = 8;          // rows of x handled together, to bound the memory for tables and sums
 constexpr int64_t kTasksPerThread = 2;  // so that a thread that is held up does not hold up the rest
 constexpr int kStripBlocks = 32;        // blocks that pass from token to token: 128 KB of codes stay in an L2 cache
 constexpr int64_t kOutputRows = 4096;   // rows that a task of the last phase adds up

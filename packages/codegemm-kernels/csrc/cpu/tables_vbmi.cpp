@@ -102,9 +102,9 @@ namespace {
 
 // Two planes of 64 entries from sums of 31 bits: the digits are bits 24 to 30 and 17 to 23.
 inline void store_digits(const __m512i* sum, uint8_t* table) {
-  const __m512i lane = _mm512_setr_epi32(0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430, 0x4c484440, 0x5c585450,
-                                         0x6c686460, 0x7c787470, 0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430,
-                                         0x4c484440, 0x5c585450, 0x6c686460, 0x7c787470);
+  const __m512i lane =
+      _mm512_setr_epi32(0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430, 0x4c484440, 0x5c585450, 0x6c686460, 0x7c787470,
+                        0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430, 0x4c484440, 0x5c585450, 0x6c686460, 0x7c787470);
   const __m512i top = _mm512_inserti64x4(_mm512_set1_epi8(2), _mm256_set1_epi8(3), 0);
   const __m512i pick = _mm512_or_si512(lane, top);  // the high bytes of 32 dwords, then the bytes below
   const __m512i a = _mm512_permutex2var_epi8(sum[0], pick, sum[1]), b = _mm512_permutex2var_epi8(sum[2], pick, sum[3]);
@@ -219,7 +219,8 @@ void build_narrow(const BuildTables& job, Tables* tables) {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + k), _mm512_set1_ps(factor)));
       _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + k / 2), _mm512_cvtsepi32_epi16(rounded));
     }
-    if (split) {  // the large ones are not among these: build_large makes their tables, and the first pass has no others
+    if (split) {  // the large ones are not among these: build_large makes their tables, and the first pass has no
+                  // others
       for (int k = 0; k < count / 2; ++k) pairs[k] = pass == 0 || (large >> (2 * k / v) & 1) ? 0 : pairs[k];
     }
     if (v == 4) build_integers<2>(job, pairs, last);
