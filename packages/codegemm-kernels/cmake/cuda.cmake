@@ -4,7 +4,16 @@
 # is also what CODEGEMM_CUDA_ARCHITECTURES=release means.
 function(codegemm_cuda_architectures result)
   if(CODEGEMM_CUDA_ARCHITECTURES AND NOT CODEGEMM_CUDA_ARCHITECTURES STREQUAL "release")
-    set(${result} "${CODEGEMM_CUDA_ARCHITECTURES}" PARENT_SCOPE)
+    # Kernels for less than 9.0 know no clusters, and launchers look at the GPU: on a later one their PTX would compile
+    # and compute nothing. So there is none of it, and such a GPU says that it has no kernel image.
+    set(given ${CODEGEMM_CUDA_ARCHITECTURES})
+    list(TRANSFORM given REPLACE "^([1-8][0-9])$" "\\1-real")
+    if(given MATCHES "(^|;)[1-8][0-9]-virtual")
+      message(FATAL_ERROR
+        "CODEGEMM_CUDA_ARCHITECTURES=${CODEGEMM_CUDA_ARCHITECTURES}: PTX for less than 90 does not work on later GPUs; "
+        "leave out -virtual, or add 90")
+    endif()
+    set(${result} ${given} PARENT_SCOPE)
     return()
   endif()
   set(gpus "")
@@ -92,6 +101,11 @@ macro(codegemm_add_cuda target)
       set(CMAKE_CUDA_ARCHITECTURES OFF)  # decided below, once the version of nvcc is known
     endif()
     enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
+      message(FATAL_ERROR
+        "nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know all instructions of Hopper: install CUDA 12.1 or later, or set "
+        "CODEGEMM_CUDA=PIP to take the compiler from PyPI, or OFF to build without CUDA kernels")
+    endif()
     codegemm_cuda_architectures(cuda_architectures)
     # Instructions that only capability 9.0 has; the launcher calls them nowhere else.
     set(hopper_sources ${cuda_sources})

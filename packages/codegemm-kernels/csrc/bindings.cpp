@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -225,6 +226,13 @@ void add_step(py::module_& m) {
 }
 
 #ifdef CODEGEMM_WITH_CUDA
+// A launch first sets how much shared memory its kernel may take. That belongs to the kernel, so a launch of the same
+// kernel on another thread must not come between.
+std::unique_lock<std::mutex> turn_to_launch() {
+  static std::mutex mutex;
+  return std::unique_lock<std::mutex>(mutex);
+}
+
 void check(const char* failure) {
   if (failure != nullptr) throw std::runtime_error(failure);
 }
@@ -232,6 +240,7 @@ void check(const char* failure) {
 void gemm_cuda(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
                int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address x,
                int64_t x_row_stride, Address bias, Address y, int64_t rows, int device, Address stream) {
+  const auto turn = turn_to_launch();
   check(codegemm::cuda::gemm(gemm_call(weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups,
                                               out_features, in_features, dtype),
                                        x, x_row_stride, bias, y, rows),
@@ -241,6 +250,7 @@ void gemm_cuda(Address codes, Address codebooks, Address scales, int num_codeboo
 void dequantize_cuda(Address codes, Address codebooks, Address scales, int num_codebooks, int vector_length,
                      int64_t num_groups, int64_t out_features, int64_t in_features, int dtype, Address y,
                      int64_t first_row, int64_t rows, int device, Address stream) {
+  const auto turn = turn_to_launch();
   check(codegemm::cuda::dequantize(
       {weight(codes, codebooks, scales, num_codebooks, vector_length, num_groups, out_features, in_features, dtype),
        reinterpret_cast<void*>(y)},
@@ -253,6 +263,7 @@ void gemm_grouped_cuda(const Addresses& codes, const Addresses& codebooks, const
                        Address x, int64_t x_row_stride, int64_t rows, int device, Address stream) {
   const auto calls = gemm_calls(codes, codebooks, scales, biases, ys, out_features, num_codebooks, vector_length,
                                 num_groups, in_features, dtype, x, x_row_stride, rows, false);
+  const auto turn = turn_to_launch();
   check(codegemm::cuda::gemm_grouped(calls.data(), static_cast<int>(calls.size()), device,
                                      reinterpret_cast<void*>(stream)));
 }

@@ -39,12 +39,20 @@ def test_every_row_agrees_with_float64(scheme: str, rows: int, dtype: torch.dtyp
     assert errors.mean() < 2e-3
 
 
-def test_a_huge_input_does_not_drown_those_beside_it() -> None:
-    """Row 3 has one input 4096 times the others; without that input's part of y the others' must be right."""
+@pytest.mark.parametrize("size", [700, 4096])
+def test_a_huge_input_does_not_drown_those_beside_it(size: int) -> None:
+    """Row 3 has one input far larger than the others; without that input's part of y the others' must be right."""
     x, codes, codebooks, scales = operands("m1v4g128", 200, 512, 64, torch.float16)
-    x[3, 5] = 4096
+    x[3, 5] = size
     codebooks[:, :, 5 % 4] = 0  # of the elements that the huge input meets
     assert row_errors(ops.gemm(x, codes, codebooks, scales), x, codes, codebooks, scales).max() < 2e-3
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e19])
+def test_entries_near_the_ends_of_bfloat16(size: float) -> None:
+    x, codes, codebooks, scales = operands("m2v8g128", 200, 512, 64, torch.bfloat16)
+    weight = codes, codebooks * size, scales / size
+    assert row_errors(ops.gemm(x, *weight), x, *weight).max() < 2.5e-3
 
 
 def test_threads_and_the_order_of_codes_change_nothing() -> None:

@@ -266,6 +266,20 @@ def test_embedding(dtype: torch.dtype) -> None:
             step.run()
 
 
+def test_products_have_to_be_prepared(make_weight: Callable[..., tuple[Tensor, ...]]) -> None:
+    x, y = torch.randn(2, 256), torch.zeros(2, 40)
+    step, (codes, codebooks, scales) = Step(2, torch.float32), make_weight("m1v4g128", 40, 256, torch.float32, seed=1)
+    for _ in range(2):  # the second time sizes have changed
+        step.products(x, [codes], [codebooks], [scales], [None], [y])
+        with pytest.raises(RuntimeError, match=r"since prepare\(\) was called"):
+            step.run()
+        step.prepare()
+        step.run()
+        assert torch.equal(y, ops.gemm(x, codes, codebooks, scales))
+    with pytest.raises(BadInput, match="has no matrix"):
+        step.products(x, [], [], [], [], [])
+
+
 def test_what_is_refused() -> None:
     step, x = Step(2, torch.float32), torch.randn(2, 8)
     norm = Norm(torch.ones(8))

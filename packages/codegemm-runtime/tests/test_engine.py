@@ -203,8 +203,11 @@ def test_a_recorded_step_is_that_of_torch(name: str, dtype: torch.dtype, int8: b
 
 def test_a_recorded_step_sees_weights_that_change() -> None:
     model = with_some_codes(dense("qwen3"))
+    computed = model.model.layers[1].mlp.gate_proj  # its weight is another tensor at every use
+    torch.nn.utils.parametrize.register_parametrization(computed, "weight", torch.nn.Identity())
     engine = Engine(model)
     for change in (
+        lambda: computed.parametrizations.weight.original.mul_(-1),
         lambda: model.model.layers[0].self_attn.q_proj.codebooks.mul_(-1),  # codes, read when a request begins
         lambda: model.model.layers[1].self_attn.k_norm.weight.mul_(-1),
         lambda: replace_weight(model.model.layers[2].mlp.up_proj, torch.randn(96, 64) / 4),
@@ -215,6 +218,14 @@ def test_a_recorded_step_sees_weights_that_change() -> None:
         after = tokens_of(engine, PROMPTS[:1], Request(12))
         assert after != before
         assert after == tokens_of(Engine(model), PROMPTS[:1], Request(12))
+
+
+def test_a_recorded_step_serves_either_mode_and_any_default_device() -> None:
+    model = with_some_codes(dense("gemma2"))  # its embedding stays a call of torch between recorded parts
+    engine = Engine(model, batch=4)
+    with torch.inference_mode(), torch.device("meta"):
+        first = tokens_of(engine, PROMPTS[:1], Request(6))
+    assert tokens_of(engine, PROMPTS[:1], Request(6)) == first == tokens_of(Engine(model), PROMPTS[:1], Request(6))
 
 
 def replace_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ class Scratch {
   T* get(int64_t count) {
     const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
+      size_ = 0;
       memory_.reset(std::aligned_alloc(64, bytes));
       if (memory_ == nullptr) throw std::bad_alloc();
       size_ = bytes;

@@ -218,12 +218,14 @@ void Step::add(const Choose& operation) { append(std::make_unique<ChooseTokens>(
 void Step::add(const std::vector<Gemm>& products) {
   auto group = psumbook_products(products.data(), int(products.size()), threads_);
   products_.push_back(group.get());
+  ready_ = false;
   append(std::move(group));
 }
 
 void Step::prepare() {
   std::lock_guard<std::mutex> lock(turn_);
-  if (prepared_.empty() && !products_.empty()) {
+  if (prepared_.size() != products_.size()) {
+    prepared_.clear();
     int64_t sums = 0;
     for (const Products* each : products_) {
       prepared_.push_back(allocate(each->prepared_floats()));
@@ -232,6 +234,7 @@ void Step::prepare() {
     sums_ = allocate(sums);
   }
   for (size_t i = 0; i < products_.size(); ++i) products_[i]->prepare(prepared_[i].get(), sums_.get());
+  ready_ = true;
 }
 
 // The phases of all operations, one after the other.
@@ -254,6 +257,7 @@ class Replay : public Phases {
 
 void Step::run(int threads) {
   std::lock_guard<std::mutex> lock(turn_);
+  if (!ready_) throw std::logic_error("products were added to this step since prepare() was called: call it again");
   for (const Embed& each : embeds_) {
     for (int64_t row = 0; row < each.rows; ++row) {
       if (each.tokens[row] >= 0 && each.tokens[row] < each.vocabulary) continue;

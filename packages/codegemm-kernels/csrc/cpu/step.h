@@ -111,7 +111,8 @@ class Step {
 
   // Reads the codebooks again: before the first run and after they have changed. Other weights are read by every run.
   void prepare();
-  // Callers on several threads wait for each other. Throws std::out_of_range for a token beyond the vocabulary.
+  // Callers on several threads wait for each other. Throws std::out_of_range for a token beyond the vocabulary, and
+  // std::logic_error when products have not been prepared.
   void run(int threads);
 
  private:
@@ -134,6 +135,7 @@ class Step {
   std::vector<Products*> products_;
   std::vector<Memory> prepared_;
   Memory sums_;  // of one operation at a time
+  bool ready_ = true;
   std::mutex turn_;
 };
 

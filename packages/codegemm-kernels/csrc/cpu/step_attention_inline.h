@@ -38,10 +38,17 @@ void append(const Attention& op, const float* head, void* stored, float* scales,
     return;
   }
   float size = 0;
-  for (int64_t i = 0; i < width; ++i) size = __builtin_fmaxf(size, __builtin_fabsf(head[i]));
-  const float scale = __builtin_fmaxf(size / 127, 1e-12f);
+  float nothing = 0;  // or NaN, once an element is not finite: the scale then carries it on
+  for (int64_t i = 0; i < width; ++i) {
+    size = __builtin_fmaxf(size, __builtin_fabsf(head[i]));
+    nothing += head[i] * 0;
+  }
+  const float scale = __builtin_fmaxf(size / 127, 1e-12f) + nothing;
   int8_t* to = static_cast<int8_t*>(stored) + entry * width;
-  for (int64_t i = 0; i < width; ++i) to[i] = int8_t(__builtin_floorf(head[i] / scale + 0.5f));
+  for (int64_t i = 0; i < width; ++i) {
+    const float level = __builtin_floorf(head[i] / scale + 0.5f);
+    to[i] = level == level ? int8_t(level) : int8_t(1);
+  }
   scales[entry] = scale;
 }
 
@@ -156,7 +163,7 @@ template <class T>
 void attend_as(const Attention& op, int64_t slot, int64_t kv_head, int64_t share, int64_t shares, float* q,
                const AttentionPart& part) {
   const int64_t width = op.head_dim, padded = padded_head(op), last = op.capacity - 1;
-  const int64_t position = op.lengths[slot] < last ? op.lengths[slot] : last;
+  const int64_t length = op.lengths[slot], position = length < 0 ? 0 : length < last ? length : last;
   const int64_t first = op.window > 0 && op.window <= position ? position - op.window + 1 : 0;
   const int64_t count = position + 1 - first, head = slot * op.kv_heads + kv_head;
   float *key = q + group(op) * padded, *scores = key + padded;

@@ -213,7 +213,7 @@ void build_narrow(const BuildTables& job, Tables* tables) {
   uint8_t* last = tables->memory;
   for (int pass = 0; pass < tables->passes; ++pass, last += job.positions * weight.num_codebooks * kTableBytes) {
     const float length = peak * __builtin_sqrtf(lengths[pass]), factor = length > kTiny ? kLength / length : 0;
-    tables->units[pass] = !is_finite(peak) ? __builtin_nanf("") : entry_unit * (factor == 0 ? 0 : (1 << 17) / factor);
+    tables->units[pass] = !is_finite(length) ? __builtin_nanf("") : entry_unit * (factor == 0 ? 0 : (1 << 17) / factor);
     alignas(64) int32_t pairs[kTileLookups * 8];
     for (int k = 0; k < count; k += 16) {
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + k), _mm512_set1_ps(factor)));

@@ -11,11 +11,19 @@ _MAX_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 8}
 _MAX_HOPPER_ROWS = 1024
 
 
-def suits_cuda_kernels(rows: Tensor, codes: Tensor, codebooks: Tensor) -> bool:
-    """Whether the kernels are the faster way for rows [M, K] on a GPU and a matrix of these codes."""
+def suits_cuda_kernels(rows: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
+    """Whether the kernels are the faster way for rows [M, K] on a GPU and a matrix of codes, codebooks and scales."""
     if rows.shape[0] <= _MAX_ROWS.get(rows.dtype, 0):
         return True
-    m, _, v = codebooks.shape
-    hopper = rows.dtype in (torch.float16, torch.bfloat16) and m <= 2 and v <= 8 and codes.shape[2] % 8 == 0
-    hopper = hopper and rows.shape[0] <= _MAX_HOPPER_ROWS and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
+    hopper = rows.shape[0] <= _MAX_HOPPER_ROWS and fits_hopper_kernel(rows, codes, codebooks, scales)
     return hopper and torch.cuda.get_device_capability(rows.device) == (9, 0)
+
+
+def fits_hopper_kernel(rows: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
+    """Whether codebook_wgmma can compute the product: `is_fast` of csrc/cuda/gemm.cu and `fits_wgmma` of its header."""
+    (m, _, v), (_, words, N), groups = codebooks.shape, codes.shape, scales.shape[0]
+    if rows.dtype not in (torch.float16, torch.bfloat16) or m > 2 or v > 8 or N % 8 or not 0 < groups <= words < 65536:
+        return False
+    halves = v > 4 or groups == 1 or words // groups % 2 == 0  # half a stage, two words of v = 4, has one scale a row
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (rows, codes, codebooks, scales))
+    return words % groups == 0 and halves and rows.stride(0) % 8 == 0 and aligned

@@ -128,7 +128,7 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
         return y
     rows = _as_rows(x)
     codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
-    if not suits_cuda_kernels(rows, codes, codebooks):
+    if not suits_cuda_kernels(rows, codes, codebooks, scales):
         _gemm_by_cuda_panels(rows, codes, codebooks, scales, bias, y.view(-1, N))
         return y
     bias = None if bias is None else bias.contiguous()
@@ -226,7 +226,7 @@ def _fit_one_launch(rows: Tensor, codes: list[Tensor], codebooks: list[Tensor], 
         return False
     if not rows.is_cuda:
         return rows.shape[0] <= _C.max_gemm_rows()
-    return _C.has_cuda and all(suits_cuda_kernels(rows, *one) for one in zip(codes, codebooks, strict=True))
+    return _C.has_cuda and all(suits_cuda_kernels(rows, *one) for one in zip(codes, codebooks, scales, strict=True))
 
 
 def _gemm_grouped_fake(

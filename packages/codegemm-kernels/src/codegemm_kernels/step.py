@@ -127,6 +127,8 @@ class Step:
     ) -> None:
         """The products of `ops.gemm`, side by side, from x [rows, K] to ys [rows, N]."""
         matrices = list(zip(codes, codebooks, scales, biases, ys, strict=True))
+        if not matrices:
+            raise BadInput("a group of products has no matrix: give at least one")
         shapes = [check_weight(*matrix[:3]) for matrix in matrices]
         for (N, K, _), (code, book, _, bias, _) in zip(shapes, matrices, strict=True):
             check_input(x, bias, code, book, N, K)

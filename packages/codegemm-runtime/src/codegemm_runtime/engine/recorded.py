@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from codegemm_kernels.step import MAX_DENSE_ROWS, Cache, Step, max_product_rows
 from codegemm_runtime.engine.cache import KVCache
@@ -27,8 +28,8 @@ class RecordedStep:
         self._tokens, self._lengths = tokens, lengths
         self._parts: list[Step | Callable[[], object]] = []
         self._buffers: dict[tuple[str, int], Tensor] = {}
-        self.best = torch.zeros_like(tokens)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # buffers serve requests of either mode
+            self.best = torch.zeros_like(tokens)
             self.logits = self._record()
         self._places = list(_places(decoder))
         self._prepare()
@@ -92,13 +93,15 @@ class RecordedStep:
         """Memory [batch, width] of this name, the same in every layer."""
         key = (name, width)
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(self._tokens.shape[0], width, dtype=self._decoder.dtype)
+            self._buffers[key] = torch.zeros(
+                self._tokens.shape[0], width, dtype=self._decoder.dtype, device=self._tokens.device
+            )
         return self._buffers[key]
 
     def _embed(self, residual: Tensor) -> None:
         embedding, tokens = self._decoder.embedding, self._tokens
         plain = type(embedding).forward is nn.Embedding.forward
-        if isinstance(embedding, nn.Embedding) and plain and _is_contiguous(embedding):
+        if isinstance(embedding, nn.Embedding) and plain and _is_plain(embedding):
             self._step().embed(embedding.weight, tokens, residual)
         else:
             self._parts.append(lambda: residual.copy_(embedding(tokens)))
@@ -109,7 +112,7 @@ class RecordedStep:
         ys = [self._buffer(f"{name}{i}", linear.out_features) for i, linear in enumerate(linears)]
         pairs = list(zip(linears, ys, strict=True))
         coded = [(linear, y) for linear, y in pairs if isinstance(linear, CodebookLinear)]
-        if coded and x.shape[0] <= max_product_rows() and all(_is_contiguous(linear) for linear, _ in coded):
+        if coded and x.shape[0] <= max_product_rows() and all(_is_plain(linear) for linear, _ in coded):
             self._step().products(
                 x,
                 [linear.codes for linear, _ in coded],
@@ -124,7 +127,7 @@ class RecordedStep:
         return ys if product.sizes is None else list(ys[0].split(list(product.sizes), dim=-1))
 
     def _linear(self, linear: nn.Module, x: Tensor, y: Tensor) -> None:
-        if isinstance(linear, nn.Linear) and x.shape[0] <= MAX_DENSE_ROWS and _is_contiguous(linear):
+        if isinstance(linear, nn.Linear) and x.shape[0] <= MAX_DENSE_ROWS and _is_plain(linear):
             self._step().dense(x, linear.weight, linear.bias, y)
         else:
             one = Product([linear])
@@ -148,9 +151,11 @@ class RecordedStep:
         )
 
 
-def _is_contiguous(module: nn.Module) -> bool:
-    """Whether the elements of each of its parameters lie side by side."""
-    return all(parameter.is_contiguous() for parameter in module.parameters(recurse=False))
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its parameters are what they seem: memory of their own with elements side by side, not computed."""
+    parameters = list(module.parameters(recurse=False))
+    memory = all(type(each) is nn.Parameter and each.is_contiguous() for each in parameters)
+    return memory and not is_parametrized(module)
 
 
 def _places(decoder: Decoder) -> Iterator[int]:

@@ -62,7 +62,9 @@ class Steps:
             return
         tokens, lengths = self.tokens[:batch], self.lengths[:batch]
         if batch not in self._fresh:
-            if batch not in self._recorded or not self._recorded[batch].refresh():
+            if batch in self._recorded and not self._recorded[batch].refresh():
+                self._recorded.clear()  # those of other batch sizes hold weights that are no longer the model's
+            if batch not in self._recorded:
                 self._recorded[batch] = RecordedStep(self._decoder, self._cache, tokens, lengths)
             self._fresh.add(batch)
         recorded = self._recorded[batch]
