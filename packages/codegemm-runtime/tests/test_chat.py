@@ -113,7 +113,7 @@ def terminal(make_checkpoint: Callable[..., Any], write_tokenizer: Callable[...,
     command = [sys.executable, "-c", script, "chat", str(checkpoint.folder), "--device", "cpu"]
     child, descriptor = pty.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where a shell runs tests behind itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what runs behind it
         os.execve(sys.executable, [*command, "--max-new-tokens", "50000"], os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
         yield child, descriptor
