@@ -153,6 +153,15 @@ def test_strided_parameters(device, make_weight):
     assert torch.equal(ops.dequantize(codes, codebooks, strided), ops.dequantize(codes, codebooks, scales))
 
 
+def test_rows_are_copied_behind_weights_that_are():
+    rows, weight = torch.ones(2, 8), torch.ones(8, 4)
+    assert ops._contiguous(rows, weight) == (rows, weight)
+    copied, made = ops._contiguous(rows, weight.t())
+    assert made.is_contiguous()
+    assert torch.equal(copied, rows)
+    assert copied.data_ptr() != rows.data_ptr()
+
+
 def test_a_matrix_without_rows(device, make_weight):
     codes, codebooks, scales = make_weight("m1v4g32", 4, 32, torch.float32, device)
     empty = codes[:, :, :0], codebooks, scales[:, :0]

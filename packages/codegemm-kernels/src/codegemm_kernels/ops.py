@@ -36,6 +36,18 @@ def _as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _contiguous(rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """The rows and the weights, copied where a weight is not contiguous.
+
+    CUDA kernels read weights before the kernel in front of them has ended, and x after: the copy of the rows keeps
+    weights that were made just now from being read too early.
+    """
+    if all(weight.is_contiguous() for weight in weights):
+        return (rows, *weights)
+    weights = tuple(weight.contiguous() for weight in weights)
+    return (rows.clone(), *weights)
+
+
 def _new_output(x: Tensor, N: int) -> Tensor:
     shape = x.shape
     return x.new_empty((shape[0], N)) if len(shape) == 2 else x.new_empty((*shape[:-1], N))
@@ -126,8 +138,7 @@ def _gemm_cuda(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias
     y = _new_output(x, N)
     if y.numel() == 0:
         return y
-    rows = _as_rows(x)
-    codes, codebooks, scales = codes.contiguous(), codebooks.contiguous(), scales.contiguous()
+    rows, codes, codebooks, scales = _contiguous(_as_rows(x), codes, codebooks, scales)
     if not suits_cuda_kernels(rows, codes, codebooks, scales):
         _gemm_by_cuda_panels(rows, codes, codebooks, scales, bias, y.view(-1, N))
         return y
@@ -192,7 +203,9 @@ def _gemm_grouped_compiled(
         N, K, num_groups = check_weight(*one[:3])
         check_input(x, one[3], one[0], one[1], N, K)
         ys.append(_new_output(x, N))
-    codes, codebooks, scales = ([t.contiguous() for t in tensors] for tensors in (codes, codebooks, scales))
+    rows, *stored = _contiguous(rows, *codes, *codebooks, *scales)
+    count = len(codes)
+    codes, codebooks, scales = stored[:count], stored[count : 2 * count], stored[2 * count :]
     biases = [None if t is None else t.contiguous() for t in biases]
     arguments: dict[str, Any] = {
         "codes": [t.data_ptr() for t in codes],

@@ -111,8 +111,9 @@ class CodebookLinear(nn.Module):
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
             dtype = torch.get_autocast_dtype(device)
-            x, codebooks, scales = x.to(dtype), codebooks.to(dtype), scales.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            codebooks, scales, bias = codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
+            # x last, and copied where weights were: a kernel reads them before the one in front of it has ended.
+            x = x.to(dtype, copy=codebooks is not self.codebooks)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or codebooks.requires_grad
