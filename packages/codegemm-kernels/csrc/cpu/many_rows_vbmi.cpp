@@ -6,6 +6,7 @@
 
 #if defined(__AVX512VBMI__)
 #include "cpu/avx512.h"
+#include "cpu/bytes_vbmi.h"
 #include "cpu/floats.h"
 
 namespace codegemm::cpu::vbmi {
@@ -13,25 +14,6 @@ namespace {
 
 constexpr float kInputLength = 32000, kWeightLength = 66000;  // of the integers of a block; their product fits 31 bits
 constexpr int kRowsAtOnce = 6;                                // with four registers of sums each
-
-inline __m512i pinned(__m512i value) {
-  asm("" : "+v"(value));
-  return value;
-}
-
-struct Bytes {  // a table of 256
-  __m512i a, b, c, d;
-};
-
-inline Bytes load_bytes(const uint8_t* table) {
-  return {pinned(_mm512_loadu_si512(table)), pinned(_mm512_loadu_si512(table + 64)),
-          pinned(_mm512_loadu_si512(table + 128)), pinned(_mm512_loadu_si512(table + 192))};
-}
-
-inline __m512i look(const Bytes& table, __m512i codes, __mmask64 upper) {
-  return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table.a, codes, table.b),
-                                _mm512_permutex2var_epi8(table.c, codes, table.d));
-}
 
 // 4 x 4 transposition of 128 bits: 64 rows in order to the order above, and back.
 inline void transpose(__m512* rows) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -115,7 +116,20 @@ struct alignas(64) Progress {
 struct Work {
   const Phases& phases;
   std::vector<Progress> progress;
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;  // written by the thread that sets `failed`
 };
+
+// An exception must not leave a thread of the team, which would end the process: the caller throws it when all are
+// done. What is left to do after it is only counted.
+void run_task(Work& work, int64_t phase, int64_t task) {
+  if (work.failed.load(std::memory_order_relaxed)) return;
+  try {
+    work.phases.run(phase, task);
+  } catch (...) {
+    if (!work.failed.exchange(true)) work.failure = std::current_exception();
+  }
+}
 
 // What every thread does. One that comes late, or never, holds nobody up: the others take its tasks.
 void take_part(Work& work) {
@@ -123,7 +137,7 @@ void take_part(Work& work) {
     Progress& progress = work.progress[p];
     const int64_t count = work.phases.tasks(int64_t(p));
     for (int64_t i; (i = progress.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      work.phases.run(int64_t(p), i);
+      run_task(work, int64_t(p), i);
       progress.done.fetch_add(1, std::memory_order_release);
     }
     for (int spin = 0; progress.done.load(std::memory_order_acquire) < count; ++spin) {
@@ -167,8 +181,10 @@ class Loop : public Phases {
 void parallel_phases(const Phases& phases, int threads) {
   threads = std::min(threads, kMaxThreads);
   if (threads > 1) {
-    Work work{phases, std::vector<Progress>(size_t(phases.phases()))};
-    return run_team(threads, work);
+    Work work{phases, std::vector<Progress>(size_t(phases.phases())), {}, {}};
+    run_team(threads, work);
+    if (work.failed) std::rethrow_exception(work.failure);
+    return;
   }
   for (int64_t phase = 0; phase < phases.phases(); ++phase) {
     const int64_t tasks = phases.tasks(phase);

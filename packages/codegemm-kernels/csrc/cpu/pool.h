@@ -19,7 +19,8 @@ class Phases {
   virtual void run(int64_t phase, int64_t task) const = 0;
 };
 
-// Does all phases on up to `threads` threads, which are started once.
+// Does all phases on up to `threads` threads, which are started once. If a task throws, tasks that have not begun are
+// left out, and the exception reaches the caller when no thread is at work any more.
 void parallel_phases(const Phases& work, int threads);
 
 }  // namespace codegemm::cpu

@@ -7,6 +7,7 @@
 #include "cpu/psumbook.h"
 
 #if defined(__AVX512VBMI__)
+#include "cpu/bytes_vbmi.h"
 #include "cpu/rows_vbmi.h"
 #include "cpu/vbmi.h"
 
@@ -16,26 +17,6 @@ namespace {
 // How far ahead of the loop codes are fetched into the second-level cache, and then into the first. The hardware stops
 // at page borders and keeps too few lines on their way; docs/log.md has the measurements.
 constexpr int kAhead = 8192, kNear = 384;
-
-// Loaded once and kept in a register: GCC would load it again for every use.
-inline __m512i pinned(__m512i value) {
-  asm("" : "+v"(value));
-  return value;
-}
-
-struct Table {  // no array, which GCC would keep in memory as well
-  __m512i a, b, c, d;
-};
-
-inline Table load_table(const uint8_t* table) {
-  return {pinned(_mm512_load_si512(table)), pinned(_mm512_load_si512(table + 64)),
-          pinned(_mm512_load_si512(table + 128)), pinned(_mm512_load_si512(table + 192))};
-}
-
-inline __m512i look(const Table& table, __m512i codes, __mmask64 upper) {
-  return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table.a, codes, table.b),
-                                _mm512_permutex2var_epi8(table.c, codes, table.d));
-}
 
 template <bool Full>
 inline __m512i load_codes(const uint8_t* codes, __mmask64 rows) {
@@ -113,7 +94,7 @@ void look_up_chunks(const LookUp& job, int row) {
     }
 #pragma GCC unroll 8
     for (int p = 0; p < Planes; ++p) {
-      const Table a = load_table(tables + p * 256), b = load_table(tables + kTable + p * 256);
+      const Bytes a = load_bytes(tables + p * 256), b = load_bytes(tables + kTable + p * 256);
 #pragma GCC unroll 8
       for (int c = 0; c < Chunks; ++c) {
         add(digits[c][p], _mm512_add_epi8(look(a, first[c], upper[c][0]), look(b, second[c], upper[c][1])));
@@ -123,7 +104,7 @@ void look_up_chunks(const LookUp& job, int row) {
   if (l < job.lookups) {
 #pragma GCC unroll 8
     for (int p = 0; p < Planes; ++p) {
-      const Table a = load_table(tables + p * 256);
+      const Bytes a = load_bytes(tables + p * 256);
 #pragma GCC unroll 8
       for (int c = 0; c < Chunks; ++c) {
         const __m512i i = load_codes<Full>(codes + 64 * c, rows[c]);

@@ -7,7 +7,14 @@
 
 namespace codegemm::cpu {
 
-// Memory that a thread keeps from call to call, aligned to a cache line.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  const char* what() const noexcept override {
+    return "there is not enough memory for what CPU kernels keep while they work: lower the rows of x or the threads";
+  }
+};
+
+// Memory that a thread keeps from call to call, aligned to a cache line. Throws OutOfMemory.
 class Scratch {
  public:
   template <class T>
@@ -16,7 +23,7 @@ class Scratch {
     if (bytes > size_) {
       size_ = 0;
       memory_.reset(std::aligned_alloc(64, bytes));
-      if (memory_ == nullptr) throw std::bad_alloc();
+      if (memory_ == nullptr) throw OutOfMemory();
       size_ = bytes;
     }
     return static_cast<T*>(memory_.get());

@@ -1,8 +1,6 @@
 #include "cpu/step.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -22,13 +20,6 @@ constexpr int64_t kMaxShares = 32;        // of a sequence's keys
 int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 int64_t ceil(int64_t count, int64_t each) { return (count + each - 1) / each; }
-
-// Memory that a thread keeps for its tasks.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < floats) memory.resize(size_t(floats));
-  return memory.data();
-}
 
 class EmbedTokens : public Phases {
  public:
@@ -96,7 +87,8 @@ class Attend : public Phases {
       return step_loops().combine(op_, task / op_.kv_heads, task % op_.kv_heads, parts, shares_);
     }
     const int64_t head = task / shares_, slot = head / op_.kv_heads, kv_head = head % op_.kv_heads;
-    float* memory = scratch(attend_floats(op_) + part_floats_);
+    thread_local Scratch scratch;
+    float* memory = scratch.get<float>(attend_floats(op_) + part_floats_);
     const AttentionPart sums = part(shares_ > 1 ? parts_.data() + task * part_floats_ : memory + attend_floats(op_));
     step_loops().attend(op_, slot, kv_head, task % shares_, shares_, memory, sums);
     if (shares_ == 1) step_loops().combine(op_, slot, kv_head, &sums, 1);
@@ -190,14 +182,6 @@ const StepLoops& step_loops() {
   return portable::kStepLoops;
 }
 
-void Step::Free::operator()(float* pointer) const { std::free(pointer); }
-
-Step::Memory Step::allocate(int64_t floats) {
-  Memory memory(static_cast<float*>(std::aligned_alloc(64, size_t(ceil(floats, 16)) * 64)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 void Step::append(std::unique_ptr<Phases> operation) {
   for (int64_t phase = 0; phase < operation->phases(); ++phase) phases_.push_back({operation.get(), phase});
   operations_.push_back(std::move(operation));
@@ -224,16 +208,12 @@ void Step::add(const std::vector<Gemm>& products) {
 
 void Step::prepare() {
   std::lock_guard<std::mutex> lock(turn_);
-  if (prepared_.size() != products_.size()) {
-    prepared_.clear();
-    int64_t sums = 0;
-    for (const Products* each : products_) {
-      prepared_.push_back(allocate(each->prepared_floats()));
-      sums = std::max(sums, each->sums_floats());
-    }
-    sums_ = allocate(sums);
+  prepared_.resize(products_.size());
+  int64_t sums = 0;
+  for (const Products* each : products_) sums = std::max(sums, each->sums_floats());
+  for (size_t i = 0; i < products_.size(); ++i) {
+    products_[i]->prepare(prepared_[i].get<float>(products_[i]->prepared_floats()), sums_.get<float>(sums));
   }
-  for (size_t i = 0; i < products_.size(); ++i) products_[i]->prepare(prepared_[i].get(), sums_.get());
   ready_ = true;
 }
 

@@ -8,6 +8,7 @@
 
 #include "codegemm.h"
 #include "cpu/psumbook.h"
+#include "cpu/scratch.h"
 
 namespace codegemm::cpu {
 
@@ -116,11 +117,6 @@ class Step {
   void run(int threads);
 
  private:
-  struct Free {
-    void operator()(float* pointer) const;
-  };
-  using Memory = std::unique_ptr<float[], Free>;  // aligned to a cache line
-  static Memory allocate(int64_t floats);
   void append(std::unique_ptr<Phases> operation);
 
   friend class Replay;
@@ -133,8 +129,8 @@ class Step {
   std::vector<Place> phases_;
   std::vector<Embed> embeds_;
   std::vector<Products*> products_;
-  std::vector<Memory> prepared_;
-  Memory sums_;  // of one operation at a time
+  std::vector<Scratch> prepared_;
+  Scratch sums_;  // of one operation at a time
   bool ready_ = true;
   std::mutex turn_;
 };
