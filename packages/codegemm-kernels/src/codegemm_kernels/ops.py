@@ -6,6 +6,7 @@ implementation, for devices without a kernel, is `reference`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -276,46 +277,31 @@ def _dequantize_fake(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor
     return codebooks.new_empty((N, K))
 
 
-def _move_codes(codes: Tensor, y: Tensor, vector_length: int, num_groups: int, sizes: tuple[int, int, int]) -> None:
-    move = _C.tile if codes.dtype == torch.int32 else _C.untile
+def _other_order(codes: Tensor, vector_length: int, num_groups: int, order: torch.dtype) -> Tensor:
+    """Room for codes of the stored order (int32) as tiled ones (uint8), or the reverse."""
+    check_tiling(codes, vector_length, num_groups, order)
+    m, places, N = codes.shape
+    if order == torch.int32:
+        return codes.new_empty((m, places * CODES_PER_WORD, N), dtype=torch.uint8)
+    return codes.new_empty((m, places // CODES_PER_WORD, N), dtype=torch.int32)
+
+
+def _reorder(codes: Tensor, vector_length: int, num_groups: int, order: torch.dtype) -> Tensor:
+    y = _other_order(codes, vector_length, num_groups, order)
+    if y.numel() == 0:
+        return y
+    m, N, K = check_tiling(codes, vector_length, num_groups, order)
     codes = codes.contiguous()  # under a name: a copy must live until it has been read
-    move(
+    (_C.tile if order == torch.int32 else _C.untile)(
         codes=codes.data_ptr(),
-        num_codebooks=sizes[0],
+        num_codebooks=m,
         vector_length=vector_length,
         num_groups=num_groups,
-        out_features=sizes[1],
-        in_features=sizes[2],
+        out_features=N,
+        in_features=K,
         y=y.data_ptr(),
         threads=torch.get_num_threads(),
     )
-
-
-def _tile_fake(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
-    check_tiling(codes, vector_length, num_groups, torch.int32)
-    m, words, N = codes.shape
-    return codes.new_empty((m, words * CODES_PER_WORD, N), dtype=torch.uint8)
-
-
-def _tile_cpu(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
-    y = _tile_fake(codes, vector_length, num_groups)
-    if y.numel():
-        sizes = check_tiling(codes, vector_length, num_groups, torch.int32)
-        _move_codes(codes, y, vector_length, num_groups, sizes)
-    return y
-
-
-def _untile_fake(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
-    check_tiling(codes, vector_length, num_groups, torch.uint8)
-    m, vectors, N = codes.shape
-    return codes.new_empty((m, vectors // CODES_PER_WORD, N), dtype=torch.int32)
-
-
-def _untile_cpu(codes: Tensor, vector_length: int, num_groups: int) -> Tensor:
-    y = _untile_fake(codes, vector_length, num_groups)
-    if y.numel():
-        sizes = check_tiling(codes, vector_length, num_groups, torch.uint8)
-        _move_codes(codes, y, vector_length, num_groups, sizes)
     return y
 
 
@@ -336,10 +322,9 @@ _LIBRARY.impl("gemm_grouped", _gemm_grouped_compiled, "CPU")
 _LIBRARY.impl("gemm_grouped", _gemm_grouped_compiled, "CUDA")
 _LIBRARY.define("tile(Tensor codes, int vector_length, int num_groups) -> Tensor")
 _LIBRARY.define("untile(Tensor codes, int vector_length, int num_groups) -> Tensor")
-_LIBRARY.impl("tile", _tile_cpu, "CPU")
-_LIBRARY.impl("untile", _untile_cpu, "CPU")
-torch.library.register_fake("codegemm::tile", _tile_fake, lib=_LIBRARY)
-torch.library.register_fake("codegemm::untile", _untile_fake, lib=_LIBRARY)
+for _name, _order in (("tile", torch.int32), ("untile", torch.uint8)):
+    _LIBRARY.impl(_name, partial(_reorder, order=_order), "CPU")
+    torch.library.register_fake(f"codegemm::{_name}", partial(_other_order, order=_order), lib=_LIBRARY)
 torch.library.register_fake("codegemm::gemm", _gemm_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::dequantize", _dequantize_fake, lib=_LIBRARY)
 torch.library.register_fake("codegemm::gemm_grouped", _gemm_grouped_fake, lib=_LIBRARY)
