@@ -105,6 +105,19 @@ def test_finished_cells_survive_a_failure(run, folder, other, text, tmp_path):
     assert json.loads(line)["run"]["name"] == folder.name
 
 
+def test_ctrl_c_says_where_finished_cells_are(run, folder, other, text, tmp_path, monkeypatch):
+    arguments = "compare", "--data", text, "--window", "32"
+    assert run(*arguments, str(folder))[0] == 0
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("codegemm_runtime.loading.load_model", interrupted)
+    status, _, err = run(*arguments, str(folder), str(other))
+    assert status == 130
+    assert err.splitlines()[-2:] == ["what was finished is kept in results.jsonl", "interrupted"]
+
+
 def test_tasks_are_kept(run, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "task.yaml").write_text(

@@ -17,7 +17,7 @@ def fill_cells(
 ) -> list[tuple[Measure, Cell]]:
     """The result of every measure of `subject`, taken from `results` or measured and added to it.
 
-    When a measure fails, what was finished before is in the file; `redo` measures again what is there.
+    When a measure fails or is interrupted, what was finished before is in the file; `redo` measures again what is there.
     """
     cells = []
     for measure in measures:
@@ -34,7 +34,7 @@ def fill_cells(
 def _measure(subject: Subject, measure: Measure, setting: dict[str, Any], results: ResultFile) -> Cell:
     try:
         result = measure.run(subject)
-    except Exception:
+    except (Exception, KeyboardInterrupt):  # whatever it is goes on, after a word about what it does not cost
         if results.cells:
             print(f"what was finished is kept in {results.path}", file=sys.stderr)
         raise
