@@ -27,6 +27,11 @@ def test_local_files(tmp_path):
         ("none.txt", None, "no file .*none.txt.*wikitext2"),
         ("empty.txt", b" \n", "empty.txt holds no text"),
         ("latin.txt", b"caf\xe9 au lait", "latin.txt is not UTF-8"),
+        (
+            "latin.jsonl",
+            b'{"text": "' + 20000 * b"x" + b'"}\n{"text": "caf\xe9"}\n',
+            "latin.jsonl is not .* at byte 20026",
+        ),
         ("a.csv", b"text\n", "suffix '.csv'"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl line 2"),
         ("b.jsonl", b"[1]\n", "b.jsonl line 1"),

@@ -57,6 +57,14 @@ def test_what_is_no_text_is_refused(tmp_path, tokenizer):
         calibration_windows(str(broken), tokenizer, 1, 8, seed=0)
 
 
+@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
+def test_text_that_is_not_utf_8_is_refused(tmp_path, name, tokenizer):
+    content = json.dumps({"text": "x" * 20000}).encode() + b'\n{"text": "caf\xe9 au lait"}\n'
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=rf"{name} is not UTF-8 text \(.* at byte {content.index(0xE9)}\)"):
+        calibration_windows(str(tmp_path / name), tokenizer, 1, 8, seed=0)
+
+
 def test_a_damaged_parquet_file_is_named(tmp_path, tokenizer):
     path = tmp_path / "documents.parquet"
     path.write_bytes(b"PAR1 and no more")

@@ -17,7 +17,7 @@ def fill_cells(
 ) -> list[tuple[Measure, Cell]]:
     """The result of every measure of `subject`, taken from `results` or measured and added to it.
 
-    When a measure fails or is interrupted, what was finished before is in the file; `redo` measures again what is there.
+    When a measure fails or is interrupted, what was finished is in the file; `redo` measures again what is there.
     """
     cells = []
     for measure in measures:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from codegemm_kernels import BadInput
+from codegemm_kernels.untrusted import read_utf8
 
 C4_DOCUMENTS = 1100
 C4_CHARACTERS = 2_088_528
@@ -84,13 +85,11 @@ def read_text(file: str) -> str:
 def _read_file(path: Path) -> str:
     try:
         if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8")
+            return read_utf8(path)
         if path.suffix == ".jsonl":
             return "\n\n".join(_json_lines(path))
         if path.suffix == ".parquet":
             return "\n\n".join(_parquet_rows(path))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror or error}") from error
     raise BadInput(f"{path} has the suffix {path.suffix!r}: give a file with one of {', '.join(SUFFIXES)}")
@@ -98,17 +97,16 @@ def _read_file(path: Path) -> str:
 
 def _json_lines(path: Path) -> list[str]:
     texts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise BadInput(f'{path} line {number} is no JSON object with a "text" ({error!r})') from error
-            if not isinstance(text, str):
-                raise BadInput(f'{path} line {number}: "text" is {type(text).__name__}, not a string')
-            texts.append(text)
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise BadInput(f'{path} line {number} is no JSON object with a "text" ({error!r})') from error
+        if not isinstance(text, str):
+            raise BadInput(f'{path} line {number}: "text" is {type(text).__name__}, not a string')
+        texts.append(text)
     return texts
 
 

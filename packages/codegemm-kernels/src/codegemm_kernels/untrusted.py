@@ -1,4 +1,4 @@
-"""Reading what somebody else wrote: JSON of bounded size, tensors that lie where they say, files that stay inside.
+"""Reading what somebody else wrote: text, bounded JSON, tensors that lie where they say, files that stay inside.
 
 Nothing here allocates by a number from a file: a header that declares petabytes is held against the size of its file.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from codegemm_kernels.errors import CheckpointError
+from codegemm_kernels.errors import BadInput, CheckpointError
 
 MAX_JSON_BYTES = 100_000_000
 """The largest header that the safetensors library reads, and far more than any config or index."""
@@ -32,6 +32,14 @@ DTYPE_BITS = {
 _COUNTS = re.compile(r"(layers?|experts|num_labels|depth)$")
 # Names are printed, sorted by their numbers and looked up in a module tree.
 _TENSOR_NAME = re.compile(r"(?!.*\d{10})[ -~]+")
+
+
+def read_utf8(path: Path) -> str:
+    """The text in a file. Raises BadInput naming the first byte that is not UTF-8; OSError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
 
 
 def read_json(path: Path) -> Any:

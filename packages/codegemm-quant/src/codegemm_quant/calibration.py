@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from codegemm_kernels import BadInput
+from codegemm_kernels.untrusted import read_utf8
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 DATASETS = ("wikitext2", "c4", "slimpajama")
@@ -46,20 +47,19 @@ def calibration_windows(data: str, tokenizer: Any, samples: int, sequence_length
 
 def _local(path: Path, seed: int) -> Iterable[str]:
     if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8", errors="replace")]
+        return [read_utf8(path)]
     documents = list(_jsonl(path) if path.suffix == ".jsonl" else _parquet(path))
     random.Random(seed).shuffle(documents)
     return documents
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield str(json.loads(line)["text"])
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise BadInput(f'{path} line {number} is not a JSON object with a "text" field') from error
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield str(json.loads(line)["text"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise BadInput(f'{path} line {number} is not a JSON object with a "text" field') from error
 
 
 def _parquet(path: Path) -> Iterator[str]:

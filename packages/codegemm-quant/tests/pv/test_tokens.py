@@ -65,11 +65,13 @@ def test_a_budget_ends_in_the_middle(folders, tmp_path):
 def test_bad_input(folders, documents, tmp_path):
     text = folders / "text.txt"
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "other.jsonl").write_text('{"words": "a"}')
     cases = [
         (tmp_path / "none.txt", {}, "does not exist"),
         ("none", {}, "neither a .txt"),
         (tmp_path / "empty.txt", {}, "holds no text"),
+        (tmp_path / "latin.txt", {}, r"latin\.txt is not UTF-8 text \(.* at byte 3\)"),
         (tmp_path / "other.jsonl", {}, 'no "text" field, only words'),
         (text, {"tokenizer": str(tmp_path)}, "no tokenizer"),
         (text, {"out": str(tmp_path)}, "exists already"),

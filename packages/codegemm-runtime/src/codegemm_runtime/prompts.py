@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codegemm_kernels.errors import BadInput
-from codegemm_kernels.untrusted import parse_json
+from codegemm_kernels.untrusted import parse_json, read_utf8
 from codegemm_runtime.engine.choice import find_engine, request_for, turn_of
 from codegemm_runtime.engine.text import TextStream
 from codegemm_runtime.generation import Sampling, check_prompt, check_text, generation_config
@@ -32,8 +32,8 @@ def read_prompts(source: str) -> list[str]:
     Raises BadInput for a file that cannot be read, a line that is no prompt, and when there are none.
     """
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = sys.stdin.read() if source == "-" else read_utf8(Path(source))
+    except OSError as error:
         raise BadInput(f"the prompts in {source} cannot be read: {error}") from error
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:

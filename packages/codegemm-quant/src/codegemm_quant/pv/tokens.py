@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codegemm_kernels import BadInput
+from codegemm_kernels.untrusted import read_utf8
 from codegemm_quant.calibration import DATASETS, TEXT_SUFFIXES
 from codegemm_quant.pv.config import TokenizeConfig
 from codegemm_quant.subject import check_out
@@ -145,7 +146,7 @@ def _documents(data: str) -> Iterator[str]:
     if path.suffix == ".txt":
         if not path.is_file():
             raise BadInput(f"the text {data} does not exist")
-        yield path.read_text(encoding="utf-8", errors="replace")
+        yield read_utf8(path)
         return
     if path.suffix in TEXT_SUFFIXES and not path.is_file():
         raise BadInput(f"the text {data} does not exist")
