@@ -91,9 +91,12 @@ def test_dense_folder_with_a_tensor_missing_is_refused(make_checkpoint: Callable
         load_model(checkpoint.folder, "cpu")
 
 
-@pytest.mark.parametrize("argument", ["./nowhere", "/no/such/folder", "a/b/c", "~/nothing-here", "..", "C:\\models"])
+@pytest.mark.parametrize(
+    "argument", ["./nowhere", "/no/such/folder", "a/b/c", "~/nothing-here", "..", "C:\\models", "gpt2"]
+)
 def test_paths_that_do_not_exist(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     expected = CheckpointError if argument == ".." else BadInput
     with pytest.raises(expected, match=r"there is no folder|config\.json"):
         load_model(argument)

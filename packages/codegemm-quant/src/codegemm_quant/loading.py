@@ -46,7 +46,9 @@ def check_source(name: str) -> None:
             raise BadInput(f"{name} is quantised already: give the dense model")
         read_headers(checkpoint_files(folder))
     elif folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise BadInput(f"there is no folder {name}: give a model folder or a hub name such as owner/name")
+        raise BadInput(
+            f"there is no folder {name}: give a model folder or a hub name with its owner (openai-community/gpt2)"
+        )
 
 
 def load_tokenizer(name: str) -> tuple[Any, Any]:

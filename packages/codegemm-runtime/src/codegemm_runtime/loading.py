@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Nothing that could hold a pickle, and nothing from subfolders, where hubs keep second copies in other formats.
 COMPANION_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer*", "*.model")
 """Patterns of everything beside the weights."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -110,7 +110,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def resolve_folder(folder: Path | str) -> Path:
-    """`folder` itself when it exists, else a download of the hub model of that name. Raises BadInput."""
+    """`folder` itself when it exists, else a download of the hub model owner/name. Raises BadInput."""
     try:
         path = Path(folder).expanduser()
         there = path.exists()
@@ -122,7 +122,9 @@ def resolve_folder(folder: Path | str) -> Path:
         return path
     name = str(folder)
     if not _HUB_NAME.fullmatch(name):
-        raise BadInput(f"there is no folder {name}: give a checkpoint folder or a hub name such as Qwen/Qwen3-0.6B")
+        raise BadInput(
+            f"there is no folder {name}: give a checkpoint folder or a hub name with its owner (openai-community/gpt2)"
+        )
     return _download(name)
 
 
