@@ -152,6 +152,22 @@ def test_every_measurement_is_on_the_results_page(results_page):
         assert f"(results/{path.name})" in written, f"{path.name} is missing: {results_page.COMMAND}"
 
 
+def test_every_section_says_a_command_that_there_is(results_page, read_docs):
+    """Its script or subcommand is there, and its options are fields of dataclasses, of which command lines are made."""
+    sources = [*ROOT.glob("tools/**/*.py"), *ROOT.glob("packages/*/src/**/*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    options = set(re.findall(r"^    (\w+): ", text, flags=re.MULTILINE))
+    options |= {"with", "script", "standalone", "no_python", "nproc_per_node"}  # of uv and torchrun
+    blocks = list(read_docs.blocks(DOCS / "results.md"))
+    assert len(blocks) == len(results_page.sections())
+    for line in (line for block in blocks for line in block.lines):
+        scripts, commands = re.findall(r"tools/\w+\.py", line), re.findall(r"codegemm-\w+ ([a-z]+)", line)
+        assert scripts or commands or line.startswith("make "), line
+        assert all((ROOT / script).is_file() for script in scripts), line
+        assert all(f'"{command}"' in text for command in commands), line
+        assert {each.replace("-", "_") for each in re.findall(r"--([a-z][\w-]*)", line)} <= options, line
+
+
 def test_tables_show_what_the_rows_hold(results_page):
     pivot = {"column": "batch", "value": "time/us"}
     section = results_page.Section("s", "S", columns={"scheme": "scheme"}, pivot=pivot)
