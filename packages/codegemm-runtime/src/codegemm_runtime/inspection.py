@@ -40,7 +40,7 @@ class LayerRow:
     nbytes: int
     """Bytes of codes, codebooks, scales and bias."""
     slow: str | None
-    """Why this machine runs it by its general kernels, many times slower; None for the fast ones."""
+    """Why this machine's GPU runs it by the general kernel, many times slower; None for the fast ones."""
 
     @property
     def bits(self) -> float:
@@ -197,15 +197,16 @@ def _rows(headers: dict[str, TensorHeader], dtype: str | None) -> list[LayerRow]
 
 
 def _why_general(out_features: int, in_features: int, scheme: CodebookScheme, dtype: str | None) -> str | None:
-    """What keeps a layer from this machine's fast kernels: conditions in csrc/cuda/gemm.cu and csrc/cpu/gemm.cpp."""
+    """What keeps a layer from the fast kernels of this machine's GPU: `is_fast` of csrc/cuda/gemm.cu. CPUs have one."""
     word = CODES_PER_WORD * scheme.vector_length
+    if not torch.cuda.is_available():
+        return None
+    if dtype == "float32":
+        return "float32"
+    if out_features % _FAST_ROWS:
+        return f"the number of rows is no multiple of {_FAST_ROWS}"
     if in_features // scheme.num_groups(in_features) % word:
         return f"a scale group is no multiple of {word} weights"
-    if torch.cuda.is_available():
-        if dtype == "float32":
-            return "float32"
-        if out_features % _FAST_ROWS:
-            return f"the number of rows is no multiple of {_FAST_ROWS}"
     return None
 
 
