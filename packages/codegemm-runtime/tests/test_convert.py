@@ -158,7 +158,7 @@ def test_published_folder(
         name: tensor.bfloat16() if name.endswith(".scales") else tensor for name, tensor in checkpoint.tensors.items()
     }
     checkpoint.write(shards=2)
-    monkeypatch.setattr(FolderWriter.__init__, "__defaults__", (30_000 if shards > 1 else 2**30,))
+    monkeypatch.setattr("codegemm_runtime.convert.writer.SHARD_BYTES", 30_000 if shards > 1 else 2**30)
     convert_folder(checkpoint.folder, tmp_path / "ours")
     assert (len(list((tmp_path / "ours").glob("*.safetensors"))) > 1) == (shards > 1)
     config = config_of(tmp_path / "ours")

@@ -37,8 +37,6 @@ def test_shares_are_slices_of_the_matrix(text: str, ranks: int) -> None:
     assert torch.equal(torch.cat([weight_of(shard, tensors) for shard in by_rows]), whole)
     by_columns = [MatrixShard.by_columns("o_proj", scheme, size, rank, ranks) for rank in range(ranks)]
     assert torch.equal(torch.cat([weight_of(shard, tensors) for shard in by_columns], dim=1), whole)
-    bias = torch.randn(24)
-    assert torch.equal(torch.cat([shard.cut_bias(bias) for shard in by_rows]), bias)
 
 
 def test_the_parts_of_a_matrix_stored_as_one_are_cut_apart() -> None:
@@ -49,7 +47,6 @@ def test_the_parts_of_a_matrix_stored_as_one_are_cut_apart() -> None:
     shard = MatrixShard.by_rows("qkv_proj", scheme, size, 1, 2, (16, 8, 8))
     rows = [*range(8, 16), *range(20, 24), *range(28, 32)]
     assert torch.equal(weight_of(shard, tensors), whole[rows])
-    assert torch.equal(shard.cut_bias(torch.arange(32)), torch.tensor(rows))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,6 @@ def perplexity(
     *,
     teacher: Any = None,
     batch_size: int | None = None,
-    progress: bool = True,
 ) -> Perplexity:
     """Perplexity of the causal `model` on `windows`, and how far it is from the model `teacher`.
 
@@ -72,7 +71,7 @@ def perplexity(
     sums, start = _Sums(), time.perf_counter()
     try:
         with torch.inference_mode():
-            _run(models, windows, batch_size or _fitting_batch(models, windows), sums, progress)
+            _run(models, windows, batch_size or _fitting_batch(models, windows), sums)
     finally:
         for each, mode in zip(models, modes, strict=True):
             each.train(mode)
@@ -105,10 +104,10 @@ class _Sums:
         return Perplexity(plain.perplexity, plain.nll, count, seconds, *compared)
 
 
-def _run(models: list[Any], windows: Windows, batch: int, sums: _Sums, progress: bool) -> None:
+def _run(models: list[Any], windows: Windows, batch: int, sums: _Sums) -> None:
     """Add all windows to `sums`, in batches that get smaller when memory ends."""
     done, count = 0, len(windows.inputs)
-    with tqdm(total=count, desc="perplexity", unit="window", disable=not progress, delay=1) as bar:
+    with tqdm(total=count, desc="perplexity", unit="window", delay=1) as bar:
         while done < count:
             inputs, predicted = windows.inputs[done : done + batch], windows.predicted[done : done + batch]
             totals = _try_batch(models, inputs, predicted)

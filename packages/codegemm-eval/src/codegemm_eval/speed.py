@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -33,10 +33,6 @@ class Speed:
     fastest: float
     time_to_first_token: float
     """Seconds."""
-
-    def as_result(self) -> dict[str, float]:
-        """As it is kept in a results file."""
-        return asdict(self)
 
 
 def measure_speed(model: Any, tokenizer: Any, setting: SpeedSetting) -> Speed:

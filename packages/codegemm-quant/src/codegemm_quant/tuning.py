@@ -68,7 +68,7 @@ def tune(module: nn.Module, batches: int, fetch: Fetch, loss: Callable[..., Tens
     optimiser = RelativeAdam(parameters, plan.learning_rate, plan.epochs * len(train))
 
     def step(*tensors: Tensor) -> Tensor:
-        return _step(fitted, parameters, optimiser, lambda *part: loss(*part), plan, tensors)
+        return _step(fitted, parameters, optimiser, loss, plan, tensors)
 
     def validate() -> float:
         for linear in fitted:

@@ -101,10 +101,6 @@ class MatrixShard:
         ranges = [tensor[..., first:last] for first, last in self.rows]
         return ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=-1)
 
-    def cut_bias(self, bias: Tensor) -> Tensor:
-        """The bias [N] of this rank's outputs."""
-        return torch.cat([bias[first:last] for first, last in self.rows])
-
     def _refuse(self, part: str, border: int, unit: str) -> None:
         raise BadInput(
             f"{self.name}.{part} cannot be shared: {self.in_features} inputs would be cut at {border}, inside {unit}; "

@@ -22,13 +22,12 @@ SHARD_BYTES = 2 << 30
 class FolderWriter:
     """Collects tensors into shards beside `out`; `publish` gives the folder its name. Leaves nothing otherwise."""
 
-    def __init__(self, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, out: Path) -> None:
         """Raises BadInput when `out` exists."""
         if out.exists():
             raise BadInput(f"{out} exists: choose another folder or remove it")
         self.out = out
         self.building = out.with_name(f".{out.name}.partial")
-        self.shard_bytes = shard_bytes
         self.total_bytes = 0
         self._shard: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -51,7 +50,7 @@ class FolderWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; a full shard goes to disk."""
-        if self._shard and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+        if self._shard and self._pending_bytes + tensor.nbytes > SHARD_BYTES:
             self._flush()
         self._shard[name] = tensor.contiguous()
         self._pending_bytes += tensor.nbytes

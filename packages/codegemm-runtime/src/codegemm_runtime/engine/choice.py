@@ -67,14 +67,14 @@ def _engine_of(model: PreTrainedModel, context: int, batch: int) -> Engine:
     return engine
 
 
-def request_for(model: PreTrainedModel, sampling: Sampling, max_new_tokens: int, sequences: int = 1) -> Request:
+def request_for(model: PreTrainedModel, sampling: Sampling, max_new_tokens: int) -> Request:
     """A request that ends where the model's generation_config says, and penalises as it says unless `sampling` does."""
     penalty = model.generation_config.repetition_penalty
     if sampling.repetition_penalty == 1 and penalty:
         sampling = replace(sampling, repetition_penalty=penalty)
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return Request(max_new_tokens, sampling, sequences, frozenset(listed))
+    return Request(max_new_tokens, sampling, ends=frozenset(listed))
 
 
 def _check_settings(model: PreTrainedModel) -> None:
