@@ -39,6 +39,11 @@ def reproduce_tool() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def bench_decode_tool() -> ModuleType:
+    return load_tool("bench_decode")
+
+
+@pytest.fixture(scope="session")
 def soak_tool() -> ModuleType:
     return load_tool("soak")
 

@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from codegemm_kernels import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,15 +41,16 @@ def test_rows_of_a_folder(tmp_path: Path) -> None:
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
-def test_what_it_refuses(tmp_path: Path) -> None:
-    for arguments, message in (
-        (["--shape", "gpt"], "unknown shape 'gpt'"),
-        (["--backends", "x"], "unknown backends in 'x'"),
-        (["--runs", "1"], "--runs must be at least 2"),
-        (["--shape", str(ROOT / "models" / "pylm-4m"), "--context", "2040"], "2112 tokens are wanted"),
-        (["--backends", "llama.cpp", "--batch", "2"], "llama.cpp is timed with one sequence"),
-        (["--backends", "llama.cpp", "--shape", str(ROOT / "models" / "pylm-4m")], "with a built-in shape"),
+def test_what_it_refuses(bench_decode_tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    folder = str(ROOT / "models" / "pylm-4m")
+    for changes, message in (
+        ({"shape": "gpt"}, "unknown shape 'gpt'"),
+        ({"backends": "x"}, "unknown backends in 'x'"),
+        ({"runs": 1}, "--runs must be at least 2"),
+        ({"shape": folder, "context": (2040,)}, "2112 tokens are wanted"),
+        ({"backends": "llama.cpp", "batch": (2,)}, "llama.cpp is timed with one sequence"),
+        ({"backends": "llama.cpp", "shape": folder, "batch": (1,)}, "with a built-in shape"),
     ):
-        done = run("--json", str(tmp_path / "x.json"), *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
+        with pytest.raises(BadInput, match=message):
+            bench_decode_tool.run(bench_decode_tool.Bench(json=tmp_path / "x.json", device="cpu", **changes))
