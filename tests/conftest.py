@@ -39,7 +39,17 @@ def reproduce_tool() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def bench_decode_tool() -> ModuleType:
+def bench_quantize() -> ModuleType:
+    return load_tool("bench_quantize")
+
+
+@pytest.fixture(scope="session")
+def quantize_curve() -> ModuleType:
+    return load_tool("quantize_curve")
+
+
+@pytest.fixture(scope="session")
+def bench_decode() -> ModuleType:
     return load_tool("bench_decode")
 
 

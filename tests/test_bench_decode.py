@@ -41,7 +41,7 @@ def test_rows_of_a_folder(tmp_path: Path) -> None:
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
-def test_what_it_refuses(bench_decode_tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_refuses(bench_decode: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
     folder = str(ROOT / "models" / "pylm-4m")
     for changes, message in (
@@ -53,4 +53,4 @@ def test_what_it_refuses(bench_decode_tool: ModuleType, tmp_path: Path, monkeypa
         ({"backends": "llama.cpp", "shape": folder, "batch": (1,)}, "with a built-in shape"),
     ):
         with pytest.raises(BadInput, match=message):
-            bench_decode_tool.run(bench_decode_tool.Bench(json=tmp_path / "x.json", device="cpu", **changes))
+            bench_decode.run(bench_decode.Bench(json=tmp_path / "x.json", device="cpu", **changes))
