@@ -79,13 +79,15 @@ def test_a_checkpoint_is_ready_and_whole(config):
     assert (actual - expected).norm() < 0.4 * expected.norm()
 
 
-def test_the_ends_of_the_model_are_tuned_with_it(config):
+def test_the_ends_of_the_model_are_tuned_with_it(config, capsys):
     """Embedding and last norm, on other versions of the windows too; without tuning they stay as they are."""
     sharp = AutoConfig.from_pretrained(config.model, initializer_range=0.2)  # predictions that are not all alike
     AutoModelForCausalLM.from_config(sharp, dtype=torch.bfloat16).save_pretrained(config.model)
     quick = replace(config, rounds=0, tune_epochs=0, samples=64)
     report = quantize(replace(quick, model_epochs=4))
     assert report["stages"]["model tuning"] > 0
+    bars = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "tune the model" in line]
+    assert "100%" in bars[-1], "held-out batches are no steps of the bar"
     told = json.loads((Path(config.out) / "quantization_report.json").read_text())
     assert told["divergence"]["after"] < told["divergence"]["before"]
     untuned = replace(quick, model_epochs=0, samples=8, out=f"{config.out}-untuned")

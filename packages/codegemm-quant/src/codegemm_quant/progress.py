@@ -39,5 +39,6 @@ class Progress:
 
     def restart(self, steps: int) -> None:
         """A new bar, of `steps` steps that are told one by one."""
-        self._bar.reset(steps)
         self._state, self._stepwise = {}, True
+        self._bar.set_postfix(self._state, refresh=False)
+        self._bar.reset(steps)

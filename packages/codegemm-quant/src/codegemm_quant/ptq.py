@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from codegemm_kernels import CheckpointMetadata, NumericalError
 from codegemm_quant.bit_allocation import with_bits
@@ -32,7 +33,7 @@ from codegemm_quant.progress import Progress
 from codegemm_quant.progress_store import ProgressStore
 from codegemm_quant.stage_clock import StageClock
 from codegemm_quant.subject import Subject, check_out, open_subject
-from codegemm_quant.tuning import TunePlan
+from codegemm_quant.tuning import TunePlan, split_batches
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _tune_whole(run: _Run, frame: ModelFrame, result: _Result, blocks: nn.Module
         parameter.requires_grad_(True)
     at_once, epochs = subject.windows_at_once(), subject.effort.model_epochs
     calls = frame.calls(subject.windows[:at_once])
-    run.progress.restart(epochs * len(targets))
+    run.progress.restart(epochs * len(split_batches(len(targets))[0]))
 
     def show(loss: float) -> None:
         run.progress.tell({"stage": "tune the model", "divergence": f"{loss:.4f}"})
@@ -202,7 +203,7 @@ def _tune_whole(run: _Run, frame: ModelFrame, result: _Result, blocks: nn.Module
             tuned = tune_model(frame, blocks, calls, windows, targets, plan)
     result.divergence = {"before": tuned.before, "after": tuned.after}
     if run.team.leads:
-        print(f"divergence from the dense model {tuned.before:.4f} -> {tuned.after:.4f}", file=sys.stderr)
+        tqdm.write(f"divergence from the dense model {tuned.before:.4f} -> {tuned.after:.4f}", file=sys.stderr)
     result.tensors |= frame.stored_tensors(subject.stored)
     for index, block in enumerate(blocks):
         tensors = stored_tensors(block, subject.stored)

@@ -53,6 +53,12 @@ class TuneResult:
     after: float
 
 
+def split_batches(batches: int) -> tuple[list[int], list[int]]:
+    """Those that train, and every sixteenth, which is held out; a batch that is alone is both."""
+    held_out = list(range(0, batches, VALIDATION_SHARE))
+    return [i for i in range(batches) if i not in set(held_out)] or held_out, held_out
+
+
 def tune(module: nn.Module, batches: int, fetch: Fetch, loss: Callable[..., Tensor], plan: TunePlan) -> TuneResult:
     """Adam on the trainable parameters of `module`, one step a batch, under a cosine schedule; keeps the best state.
 
@@ -61,8 +67,7 @@ def tune(module: nn.Module, batches: int, fetch: Fetch, loss: Callable[..., Tens
     decides which epoch's state is kept; the state before tuning counts, so the module never gets worse on it.
     Gradients of several parts are added in fp32. Raises NumericalError, naming the plan, when the loss is not finite.
     """
-    held_out = list(range(0, batches, VALIDATION_SHARE))
-    train = [i for i in range(batches) if i not in set(held_out)] or held_out
+    train, held_out = split_batches(batches)
     parameters = [p for p in module.parameters() if p.requires_grad]
     fitted = [part for part in module.modules() if isinstance(part, FittedLinear)]
     optimiser = RelativeAdam(parameters, plan.learning_rate, plan.epochs * len(train))
