@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from codegemm_kernels import BadInput
 from codegemm_quant import QuantizeConfig, ptq, quantize
@@ -109,3 +109,18 @@ def test_a_loaded_model_needs_no_folder(options, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(BadInput, match="tokenizer"):
         quantize(QuantizeConfig(**options | {"out": str(tmp_path / "third")}), model)
+
+
+def test_a_loaded_model_stays_what_it_was(options):
+    """In a dtype that is not stored; its config must not say that it is quantised."""
+    sharp = AutoConfig.from_pretrained(options["model"], initializer_range=0.2)  # whose tuning changes something
+    model = AutoModelForCausalLM.from_config(sharp, dtype=torch.float32).requires_grad_(False).eval()
+    config, before = model.config.to_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    changes = {"model": "in memory", "model_epochs": 4, "samples": 64}
+    quantize(QuantizeConfig(**options | changes), model, tokenizer)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before)
+    assert model.config.to_dict() == config
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,15 @@ def export_checkpoint(
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     for tied in tied_names(model):
         state.pop(tied, None)
-    model.to(dtype)  # the dtype in the written config.json is the parameters', which were what blocks are run in
-    model.config.dtype = dtype
-    model.config.quantization_config = metadata.to_quantization_config()
-    published = metadata.to_published_block(quantised)
-    if published is not None and not any(is_fused(module) for module in model.modules()):
-        model.config.codegemm = published
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        model.save_pretrained(building, state_dict=state)
+        with _lent(model, dtype):
+            model.config.quantization_config = metadata.to_quantization_config()
+            published = metadata.to_published_block(quantised)
+            if published is not None and not any(is_fused(module) for module in model.modules()):
+                model.config.codegemm = published
+            model.save_pretrained(building, state_dict=state)
         tokenizer.save_pretrained(building)
         also(building)
         source = str(model.config._name_or_path)
@@ -62,6 +63,21 @@ def export_checkpoint(
         raise OSError(f"cannot write {out} ({error}): make room and continue with --resume") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _lent(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """The model in another dtype, which is what config.json will say, with a config of its own; then as it was."""
+    config, tensors = model.config, [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
+    model.config = copy.deepcopy(config)
+    model.config.dtype = dtype
+    model.to(dtype)
+    try:
+        yield
+    finally:
+        model.config = config
+        for tensor, data in tensors:
+            tensor.data = data
 
 
 def hub_card(source: str) -> str | None:

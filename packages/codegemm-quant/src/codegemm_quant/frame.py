@@ -27,14 +27,16 @@ class ModelFrame:
         returns_tuple = _returns_tuple(model, blocks[0])
         self._stand_ins = [_StandIn(block, returns_tuple=returns_tuple) for block in blocks]
         model.set_submodule(prefix, nn.ModuleList(self._stand_ins))
-        self._before = [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
+        tensors = [*model.parameters(), *model.buffers()]
+        self._before = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
         place(model, device, dtype)
         self._dense: dict[str, Tensor] | None = None
 
     def close(self) -> None:
         """Put the blocks back, and everything else where it was."""
-        for tensor, data in self._before:
+        for tensor, data, requires_grad in self._before:
             tensor.data = data
+            tensor.requires_grad_(requires_grad)
         self._model.set_submodule(self._prefix, self._blocks)
 
     def train(self) -> nn.Module:
@@ -42,9 +44,9 @@ class ModelFrame:
 
         What they are now is kept for `dense_logits`.
         """
-        self._dense = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+        self._dense = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
         for parameter in self._model.parameters():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
         module: nn.Module = self._model
         return module
