@@ -152,6 +152,13 @@ def test_every_measurement_is_on_the_results_page(results_page):
         assert f"(results/{path.name})" in written, f"{path.name} is missing: {results_page.COMMAND}"
 
 
+def test_the_design_page_has_every_module():
+    modules = [path for path in ROOT.glob("packages/*/src/**/*.py") if path.name not in ("__init__.py", "cli.py")]
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
+    named = {each.rpartition("/")[2] for each in re.findall(r"`([\w/]+\.py)`", text)}
+    assert {path.name for path in modules} ^ (named - {"cli.py"}) == set()
+
+
 def test_every_section_says_a_command_that_there_is(results_page, read_docs):
     """Its script or subcommand is there, and its options are fields of dataclasses, of which command lines are made."""
     sources = [*ROOT.glob("tools/**/*.py"), *ROOT.glob("packages/*/src/**/*.py")]
