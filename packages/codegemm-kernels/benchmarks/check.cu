@@ -53,7 +53,7 @@ Case random_case(bool small) {
   c.columns = unit * (1 + generator() % (small ? 600 / unit + 2 : 9000 / unit + 2));
   c.rows = pick({1, 3, 8, 16, 24, 31, 64, 100, 1000, 1001, 1028, 4096});
   if (small) c.rows = std::min(c.rows, 100);
-  c.tokens = pick({1, 1, 1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 70, 130, 300});
+  c.tokens = pick({1, 1, 1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 70, 130, 300, 700});
   c.offset = pick({0, 0, 0, 1});
   c.count = pick({1, 1, 2, 3});
   c.bias = pick({0, 1});

@@ -24,7 +24,7 @@ using T = __half;
 
 struct Data {
   Buffer<uint32_t> codes{kPoolBytes / 4};
-  Buffer<T> codebooks{4 * 256 * 16}, scales{size_t(64) << 20}, x{128 * 32768}, y{128 * 65536};
+  Buffer<T> codebooks{4 * 256 * 16}, scales{size_t(64) << 20}, x{512 * 32768}, y{512 * 65536};
   Buffer<uint32_t> never{1};
 };
 
@@ -146,26 +146,27 @@ void time_gemm(FILE* out, const Data& d, const Problem& q, double stream_us) {
 
 template <int V, int kBooks, int kN>
 void time_wgmma(FILE* out, const Data& d, const Problem& q, double stream_us) {
+  constexpr bool kPair = kN == 256;
   const auto kernel = codebook_wgmma_kernel<T, V, kBooks, kN>;
-  for (int groups : {2, 4}) {
-    for (int cluster = 1; cluster <= 8; ++cluster) {
+  for (int groups = 2; groups <= kMostGroups<kN>; groups += 2) {
+    for (int cluster = kPair ? 2 : 1; cluster <= (kPair ? 2 : 8); ++cluster) {
       Gemm call = make_call(d, q, 0);
-      Product p = make_product(&call, 1);
-      const WgmmaShape shape = make_wgmma_shape(p, V, kN, groups, cluster, kSharedLimit - 2048);
-      const int tiles = shape.first_tile[kMaxSegments] * shape.token_tiles;
-      const LaunchConfig config = {tiles * cluster, groups * 128 + kProducerThreads, shape.bytes, cluster, true};
+      const Product p = make_product(&call, 1);
+      const BlockKind kind = {groups, cluster, kPair};
+      WgmmaShape shape = make_wgmma_shape(p, V, kN, kind, kSharedLimit - 2048, 1);
+      LaunchConfig config = {0, groups * 128 + kProducerThreads, shape.bytes, cluster, true};
       const int clusters = active_clusters(kernel, config);
       TileMap x;
-      if (shape.stages.each < 1 || clusters < 1 || !make_tile_map(x, p, q.columns, kN)) continue;
+      if (shape.shares.each < 1 || clusters < 1 || !make_tile_map(x, p, q.columns, kN / shape.pair)) continue;
+      shape = make_wgmma_shape(p, V, kN, kind, kSharedLimit - 2048, clusters);
+      config.blocks = shape.clusters * cluster;
       const double us = bench::graph_time(copies_for(q), 5, [&](int i, cudaStream_t stream) {
         Gemm c = make_call(d, q, i);
-        Product product = make_product(&c, 1);
-        product.rows_per_range = p.rows_per_range;
-        bench::require(launch_kernel(kernel, config, stream, product, shape, x), "codebook_wgmma");
+        bench::require(launch_kernel(kernel, config, stream, make_product(&c, 1), shape, x), "codebook_wgmma");
       });
       char plan[160];
-      std::snprintf(plan, sizeof plan, "tokens %d groups %d cluster %d of %d tiles %d stages %d slots %d", kN, groups,
-                    cluster, clusters, tiles, shape.stages.first(1), shape.slots);
+      std::snprintf(plan, sizeof plan, "tokens %d groups %d cluster %d of %d items %d stages %d slots %d", kN, groups,
+                    cluster, clusters, shape.items, shape.stages, shape.slots);
       report(out, q, "wgmma", plan, us, stream_us);
     }
   }
@@ -199,6 +200,8 @@ void sweep_batches(FILE* out, const Data& d, Problem q, double stream) {
   time_wgmma<V, V / 4, 32>(out, d, q, stream);
   q.tokens = 128;
   time_wgmma<V, V / 4, 128>(out, d, q, stream);
+  q.tokens = 512;
+  time_wgmma<V, V / 4, 256>(out, d, q, stream);
 }
 
 // One plan of each kernel, to be run under a profiler.

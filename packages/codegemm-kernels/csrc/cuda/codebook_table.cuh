@@ -28,17 +28,18 @@ __device__ __forceinline__ uint32_t copy_of_lane(int lane) {
   return V == 4 ? lane % 16 * 8 : V == 8 ? lane % 8 * 16 : lane / 2 % 2 * 64 + (lane / 4 % 2 * 2 + lane % 2) * 16;
 }
 
-// Copies the codebooks of a segment into the layout above, by all threads of the block. All loads of a batch come
-// before its stores: one by one, each would wait for the cache.
+// Copies the codebooks of a segment into the layout above, by the first `threads` threads of the block. All loads of a
+// batch come before its stores: one by one, each would wait for the cache.
 template <typename T, int V>
-__device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* codebooks, int num_codebooks) {
+__device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* codebooks, int num_codebooks,
+                                               int threads = blockDim.x) {
   constexpr int kBatch = 8;
-  const int count = num_codebooks * 256 * 8, step = blockDim.x;
-  for (int first = threadIdx.x; first < count; first += kBatch * step) {
+  const int count = num_codebooks * 256 * 8;
+  for (int first = threadIdx.x; first < count; first += kBatch * threads) {
     uint4 value[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      const int i = min(first + k * step, count - 1);
+      const int i = min(first + k * threads, count - 1);
       const T* source = codebooks + i / 8 * V;
       if constexpr (V == 4) {
         const uint2 half = *reinterpret_cast<const uint2*>(source);
@@ -49,7 +50,7 @@ __device__ __forceinline__ void copy_codebooks(unsigned char* tables, const T* c
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (first + k * step < count) *reinterpret_cast<uint4*>(tables + (first + k * step) * 16) = value[k];
+      if (first + k * threads < count) *reinterpret_cast<uint4*>(tables + (first + k * threads) * 16) = value[k];
   }
 }
 

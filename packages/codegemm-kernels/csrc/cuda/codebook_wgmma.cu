@@ -1,6 +1,8 @@
-// Launcher of the kernel for Hopper: 2 dtypes x 2 vector lengths x 1 or 2 codebooks x 32, 64 or 128 tokens a block.
-// This file alone is compiled for sm_90a, and called on devices of capability 9.0.
+// Launcher of the kernel for Hopper: 2 dtypes x 2 vector lengths x 1 or 2 codebooks x 32, 64, 128 or 256 tokens a
+// block. This file alone is compiled for sm_90a, and called on devices of capability 9.0.
 #include "codebook_wgmma.cuh"
+
+#include <algorithm>
 
 #include "kernels.h"
 #include "launch.h"
@@ -12,103 +14,116 @@ namespace {
 
 constexpr int kMostBlocks = 8;  // of a cluster; larger ones were never the best
 
-// How a block can be: its warpgroups, and whether it leaves half of a multiprocessor to another.
-struct BlockKind {
-  int groups;
-  bool half;
-};
-constexpr BlockKind kKinds[] = {{4, false}, {2, false}, {2, true}};
-
 struct WgmmaPlan {
-  int cluster = 0;  // 0: none fits
-  int groups;
+  BlockKind kind = {0, 0, false};  // of 0 warpgroups: none fits
+  int resident;                    // clusters that run at once
   double us;
   WgmmaShape shape;
 };
 
-// Microseconds that a plan takes on an H200 while `resident` clusters run at once, fitted to the sweep of docs/log.md,
-// "CUDA kernels", tenth version: within 7 %, and the plan chosen 1 % from the best.
-double predicted_us(const WgmmaPlan& plan, int books, int tokens, int resident, int multiprocessors) {
-  const auto wave = [&](int blocks) {  // of blocks that a multiprocessor has at once
-    const double stage = blocks * (plan.groups * (0.055 + 0.00091 * tokens + 0.043 * (books - 1)) + 0.041);
-    return plan.shape.stages.first(1) * stage + 3.6 + 0.02 * tokens;
+// Microseconds that a plan takes on an H200, fitted to the sweeps of docs/log.md, "CUDA kernels", eleventh version:
+// within 6 % on average, and the plan chosen 0.4 % from the best.
+double predicted_us(const WgmmaPlan& plan, int books, int tokens, int multiprocessors) {
+  const int groups = plan.kind.groups, cluster = plan.kind.cluster;
+  const double stage =
+      tokens == 256 ? 0.635 + 0.045 * books : 0.13 + groups * (0.037 + 0.00086 * tokens + 0.039 * (books - 1));
+  const double exchange = 0.0175 * tokens * groups * (cluster - 1) / cluster;
+  const auto round = [&](int clusters, bool divides) {                       // an item each
+    const int sharing = int(ceil_div(clusters * cluster, multiprocessors));  // blocks of a multiprocessor
+    return 2.2 + (divides ? exchange : 0) +
+           sharing * stage * (divides ? plan.shape.shares.first(1) : plan.shape.stages);
   };
-  const auto blocks = [&](int clusters) { return int(ceil_div(clusters * plan.cluster, multiprocessors)); };
-  const int clusters = plan.shape.first_tile[kMaxSegments] * plan.shape.token_tiles;
-  const int waves = clusters / resident, rest = clusters % resident, most = blocks(resident);
-  // Blocks of a first wave that is not full share multiprocessors all the same: they start while the previous kernel
-  // ends, wherever there is room.
-  return waves * wave(most) + (rest == 0 ? 0 : wave(waves == 0 ? most : blocks(rest))) + 0.2 * plan.cluster;
+  const auto rounds = [&](int items, bool divides) {
+    const int full = items / plan.resident, rest = items % plan.resident;
+    // Blocks of a first round that is not full share multiprocessors all the same: they start while the previous kernel
+    // ends, wherever there is room.
+    return full * round(plan.resident, divides) + (rest == 0 ? 0 : round(full == 0 ? plan.resident : rest, divides));
+  };
+  return rounds(plan.shape.whole, false) + rounds(plan.shape.items - plan.shape.whole, true);
 }
 
-// Clusters of each kind of block and size that run at once; asked for once a device, since that takes long.
-template <typename Kernel>
-struct Residents {
-  int device = -1, clusters[3][kMostBlocks + 1];
-
-  void find(Kernel* kernel, int on_device, const int (&bytes)[3]) {
-    if (device == on_device) return;
-    device = on_device;
-    for (int kind = 0; kind < 3; ++kind)
-      for (int cluster = 1; cluster <= kMostBlocks; ++cluster)
-        clusters[kind][cluster] =
-            active_clusters(kernel, {0, kKinds[kind].groups * 128 + kProducerThreads, bytes[kind], cluster, false});
-  }
-};
-
+// The best plan among the kinds of block that kN tokens can have.
 template <typename T, int V, int kBooks, int kN>
-WgmmaPlan best_plan(const Product& product, int device) {
-  const auto kernel = codebook_wgmma_kernel<T, V, kBooks, kN>;
-  const DeviceLimits& limits = device_limits(device);
-  const int room = limits.shared_bytes - kReservedShared;
-  const auto shape_of = [&](BlockKind kind, int cluster) {
-    Product candidate = product;
-    return make_wgmma_shape(candidate, V, kN, kind.groups, cluster, kind.half ? room / 2 : room);
-  };
-  const int bytes[3] = {shape_of(kKinds[0], 1).bytes, shape_of(kKinds[1], 1).bytes, shape_of(kKinds[2], 1).bytes};
-  thread_local Residents<std::remove_pointer_t<decltype(kernel)>> residents;
-  residents.find(kernel, device, bytes);
-  WgmmaPlan best;
-  for (int kind = 0; kind < 3; ++kind) {
-    for (int cluster = 1; cluster <= kMostBlocks; ++cluster) {
-      const int resident = residents.clusters[kind][cluster];
-      WgmmaPlan plan = {cluster, kKinds[kind].groups, 0, shape_of(kKinds[kind], cluster)};
-      if (resident < 1 || plan.shape.stages.each < 1 || plan.shape.slots < 3 || plan.shape.bytes > room) continue;
-      plan.us = predicted_us(plan, kBooks, kN, resident, limits.multiprocessors);
-      if (best.cluster == 0 || plan.us < best.us) best = plan;
+class Planner {
+ public:
+  Planner(const Product& product, int device) : product_(product), limits_(device_limits(device)), device_(device) {}
+
+  WgmmaPlan best() {
+    if constexpr (kN == 256) {
+      consider({2, 2, true});
+    } else {
+      for (int groups = 2; groups <= 4; groups += 2)
+        for (int cluster = 1; cluster <= kMostBlocks; ++cluster) consider({groups, cluster, false});
     }
+    return best_;
   }
-  return best;
-}
+
+ private:
+  void consider(const BlockKind& kind) {
+    const int room = limits_.shared_bytes - kReservedShared;
+    WgmmaPlan plan = {kind, 1, 0, make_wgmma_shape(product_, V, kN, kind, room, 1)};
+    if (plan.shape.shares.each < 1 || plan.shape.slots < 3 || plan.shape.bytes > room) return;
+    plan.resident = resident(kind, plan.shape.bytes);
+    if (plan.resident < 1) return;
+    plan.shape = make_wgmma_shape(product_, V, kN, kind, room, plan.resident);
+    plan.us = predicted_us(plan, kBooks, kN, limits_.multiprocessors);
+    if (best_.kind.groups == 0 || plan.us < best_.us) best_ = plan;
+  }
+  // Asked for once a device and kind, since that takes long; `bytes` of one kind hardly differ.
+  int resident(const BlockKind& kind, int bytes) const {
+    thread_local int known_device = -1, clusters[2][kMostBlocks + 1];
+    if (known_device != device_) {
+      std::fill_n(clusters[0], 2 * (kMostBlocks + 1), -1);
+      known_device = device_;
+    }
+    int& known = clusters[kind.groups / 4][kind.cluster];
+    if (known < 0)
+      known = active_clusters(codebook_wgmma_kernel<T, V, kBooks, kN>,
+                              {0, kind.groups * 128 + kProducerThreads, bytes, kind.cluster, false});
+    return known;
+  }
+
+  const Product& product_;
+  const DeviceLimits& limits_;
+  int device_;
+  WgmmaPlan best_;
+};
 
 template <typename T, int V, int kBooks, int kN>
 const WgmmaPlan& plan_of(const Product& product, int device) {
   thread_local PlanCache<WgmmaPlan> known;
   return known.find(PlanKey(product, device, int(ceil_div(product.tokens, kN))),
-                    [&] { return best_plan<T, V, kBooks, kN>(product, device); });
+                    [&] { return Planner<T, V, kBooks, kN>(product, device).best(); });
 }
 
 template <typename T, int V, int kBooks, int kN>
-const char* launch(Product product, const WgmmaPlan& plan, cudaStream_t stream) {
+const char* launch(const Product& product, const WgmmaPlan& plan, cudaStream_t stream) {
   TileMap x;
-  if (plan.cluster == 0 || !make_tile_map(x, product, product.words * (4 * V), kN)) return kDoesNotFit;
-  product.rows_per_range = 64 * plan.groups;
-  const LaunchConfig config = {plan.shape.first_tile[kMaxSegments] * plan.shape.token_tiles * plan.cluster,
-                               plan.groups * 128 + kProducerThreads, plan.shape.bytes, plan.cluster, true};
-  return launch_kernel(codebook_wgmma_kernel<T, V, kBooks, kN>, config, stream, product, plan.shape, x);
+  const auto& [kind, resident, us, shape] = plan;
+  if (kind.groups == 0 || !make_tile_map(x, product, product.words * (4 * V), kN / shape.pair)) return kDoesNotFit;
+  const LaunchConfig config = {shape.clusters * kind.cluster, kind.groups * 128 + kProducerThreads, shape.bytes,
+                               kind.cluster, true};
+  return launch_kernel(codebook_wgmma_kernel<T, V, kBooks, kN>, config, stream, product, shape, x);
+}
+
+// The better of two numbers of tokens a block.
+template <typename T, int V, int kBooks, int kFew, int kMany>
+const char* launch_better(const Product& product, int device, cudaStream_t stream) {
+  const WgmmaPlan& few = plan_of<T, V, kBooks, kFew>(product, device);
+  const WgmmaPlan& many = plan_of<T, V, kBooks, kMany>(product, device);
+  if (many.kind.groups > 0 && (few.kind.groups == 0 || many.us < few.us))
+    return launch<T, V, kBooks, kMany>(product, many, stream);
+  return launch<T, V, kBooks, kFew>(product, few, stream);
 }
 
 template <typename T, int V, int kBooks>
 const char* launch_tokens(const Product& product, int device, cudaStream_t stream) {
   if (product.tokens <= 32)
     return launch<T, V, kBooks, 32>(product, plan_of<T, V, kBooks, 32>(product, device), stream);
-  const WgmmaPlan& narrow = plan_of<T, V, kBooks, 64>(product, device);
-  if (product.tokens > 64) {
-    const WgmmaPlan& wide = plan_of<T, V, kBooks, 128>(product, device);
-    if (wide.cluster > 0 && (narrow.cluster == 0 || wide.us < narrow.us))
-      return launch<T, V, kBooks, 128>(product, wide, stream);
-  }
-  return launch<T, V, kBooks, 64>(product, narrow, stream);
+  if (product.tokens <= 64)
+    return launch<T, V, kBooks, 64>(product, plan_of<T, V, kBooks, 64>(product, device), stream);
+  if (product.tokens <= 128) return launch_better<T, V, kBooks, 64, 128>(product, device, stream);
+  return launch_better<T, V, kBooks, 128, 256>(product, device, stream);
 }
 
 template <typename T>

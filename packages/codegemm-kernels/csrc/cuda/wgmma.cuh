@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/ptx.cuh"
+
 namespace codegemm::cuda {
 
 // Before the first product of a warpgroup after its registers were written by anything else.
@@ -42,6 +44,11 @@ struct TileMap {
   CUtensorMap map;
 };
 
+// Fetches the description itself, ahead of the first copy.
+__device__ __forceinline__ void prefetch_map(const TileMap& matrix) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&matrix.map) : "memory");
+}
+
 // Copies the tile of the map's size that starts at this column and row to a tile of B, zeros where the matrix has
 // ended; its arrival counts at the barrier.
 __device__ __forceinline__ void copy_tile(uint32_t target, const TileMap& matrix, int column, int row,
@@ -53,6 +60,25 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const TileMap& matrix
       : "memory");
 }
 
+// The same to both blocks of a cluster of two: to this place of each, and to this barrier of each.
+__device__ __forceinline__ void copy_tile_to_pair(uint32_t target, const TileMap& matrix, int column, int row,
+                                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(target),
+      "l"(&matrix.map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3))
+      : "memory");
+}
+// Arrives at a barrier of the block (mode 1), of the cluster (2, an address of address_in_rank) or at none (0), without
+// branches: one between products and the next ones' operands makes ptxas run the products one by one.
+__device__ __forceinline__ void arrive_if(uint32_t barrier, uint32_t mode) {
+  asm volatile(
+      "{\n.reg .pred p, q;\n.reg .b64 state;\nsetp.eq.u32 p, %1, 1;\nsetp.eq.u32 q, %1, 2;\n"
+      "@p mbarrier.arrive.shared.b64 state, [%0];\n@q mbarrier.arrive.shared::cluster.b64 _, [%0];\n}" ::"r"(barrier),
+      "r"(mode)
+      : "memory");
+}
+
 // clang-format off
 #define CODEGEMM_R8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define CODEGEMM_R16 CODEGEMM_R8(0, 1, 2, 3, 4, 5, 6, 7) "," CODEGEMM_R8(8, 9, 10, 11, 12, 13, 14, 15)
@@ -61,10 +87,16 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const TileMap& matrix
 #define CODEGEMM_R64 CODEGEMM_R32 "," \
                      CODEGEMM_R8(32, 33, 34, 35, 36, 37, 38, 39) "," CODEGEMM_R8(40, 41, 42, 43, 44, 45, 46, 47) "," \
                      CODEGEMM_R8(48, 49, 50, 51, 52, 53, 54, 55) "," CODEGEMM_R8(56, 57, 58, 59, 60, 61, 62, 63)
+#define CODEGEMM_R128 CODEGEMM_R64 "," \
+                      CODEGEMM_R8(64, 65, 66, 67, 68, 69, 70, 71) "," CODEGEMM_R8(72, 73, 74, 75, 76, 77, 78, 79) "," \
+                      CODEGEMM_R8(80, 81, 82, 83, 84, 85, 86, 87) "," CODEGEMM_R8(88, 89, 90, 91, 92, 93, 94, 95) "," \
+                      CODEGEMM_R8(96, 97, 98, 99, 100, 101, 102, 103) "," CODEGEMM_R8(104, 105, 106, 107, 108, 109, 110, 111) "," \
+                      CODEGEMM_R8(112, 113, 114, 115, 116, 117, 118, 119) "," CODEGEMM_R8(120, 121, 122, 123, 124, 125, 126, 127)
 #define CODEGEMM_S4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CODEGEMM_S16(i) CODEGEMM_S4(i), CODEGEMM_S4(i + 4), CODEGEMM_S4(i + 8), CODEGEMM_S4(i + 12)
 #define CODEGEMM_S32(i) CODEGEMM_S16(i), CODEGEMM_S16(i + 16)
 #define CODEGEMM_S64(i) CODEGEMM_S32(i), CODEGEMM_S32(i + 32)
+#define CODEGEMM_S128(i) CODEGEMM_S64(i), CODEGEMM_S64(i + 64)
 #define CODEGEMM_WGMMA(N, TYPE, REGISTERS, SUMS, A0, A1, A2, A3, B)                                     \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, "     \
                "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", 1, 1, 1, 0;"                             \
@@ -74,9 +106,11 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const TileMap& matrix
     CODEGEMM_WGMMA(32, TYPE, CODEGEMM_R16, CODEGEMM_S16(0), 16, 17, 18, 19, 20);     \
   } else if constexpr (kN == 64) {                                                   \
     CODEGEMM_WGMMA(64, TYPE, CODEGEMM_R32, CODEGEMM_S32(0), 32, 33, 34, 35, 36);     \
-  } else {                                                                           \
-    static_assert(kN == 128);                                                        \
+  } else if constexpr (kN == 128) {                                                  \
     CODEGEMM_WGMMA(128, TYPE, CODEGEMM_R64, CODEGEMM_S64(0), 64, 65, 66, 67, 68);    \
+  } else {                                                                           \
+    static_assert(kN == 256);                                                        \
+    CODEGEMM_WGMMA(256, TYPE, CODEGEMM_R128, CODEGEMM_S128(0), 128, 129, 130, 131, 132); \
   }
 // clang-format on
 

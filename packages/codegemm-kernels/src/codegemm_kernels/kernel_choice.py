@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 # Most tensor-core kernels take up to 64 rows at a time, and two such rounds cost less than panels; fp32 has none.
-# Hopper's (csrc/cuda/codebook_wgmma.cuh) takes any number, and up to here panels are no faster.
+# Hopper's (csrc/cuda/codebook_wgmma.cuh) takes any number, and panels are never faster.
 _MAX_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 8}
-_MAX_HOPPER_ROWS = 1024
 
 
 def suits_cuda_kernels(rows: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
     """Whether the kernels are the faster way for rows [M, K] on a GPU and a matrix of codes, codebooks and scales."""
     if rows.shape[0] <= _MAX_ROWS.get(rows.dtype, 0):
         return True
-    hopper = rows.shape[0] <= _MAX_HOPPER_ROWS and fits_hopper_kernel(rows, codes, codebooks, scales)
+    hopper = fits_hopper_kernel(rows, codes, codebooks, scales)
     return hopper and torch.cuda.get_device_capability(rows.device) == (9, 0)
 
 

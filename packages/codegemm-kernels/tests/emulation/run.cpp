@@ -35,6 +35,15 @@ struct Case {
   int m, v, columns, groups, tokens;
 };
 
+// No weight has code 255, and whoever looks it up gets infinity: shared memory that nobody has written is 0xff.
+template <typename T>
+void hide_code_255(const Case& c, std::vector<Matrix<T>>& matrices) {
+  for (Matrix<T>& w : matrices) {
+    for (uint32_t& word : w.codes) word &= 0xfefefefe;
+    for (int i = 0; i < c.m; ++i) std::fill_n(w.codebooks.begin() + (i * 256 + 255) * c.v, c.v, T(INFINITY));
+  }
+}
+
 template <typename T>
 double largest_error(const Case& c, const Matrix<T>& w, const std::vector<T>& x) {
   const int words = c.columns / (4 * c.v);
@@ -87,16 +96,19 @@ bool run_gemm(Product p, unsigned seed) {
 
 template <typename T, int V, int kBooks, int kN>
 bool run_wgmma(Product p, unsigned seed) {
-  const int cluster = pick({1, 2, 3}), groups = pick({2, 4});
-  const WgmmaShape shape = make_wgmma_shape(p, V, kN, groups, cluster, pick({90, 113, 227}) * 1024);
+  const bool pair = pick({0, 1});
+  const int cluster = pair ? 2 : pick({1, 2, 3});
+  const BlockKind kind = {kN == 256 ? 2 : pick({2, 4}), cluster, pair, pick({kN == 256 ? 227 : 90, 227}) * 1024};
+  const WgmmaShape shape = make_wgmma_shape(p, V, kN, kind, pick({1, 2, 1000}));
   if (shape.stages.each == 0 || shape.slots < 3) return false;
-  const TileMap x = {static_cast<const uint16_t*>(p.x), p.x_row_stride, p.words * 4 * V, p.tokens, kN};
-  emulation::launch(shape.first_tile[kMaxSegments] * shape.token_tiles * cluster, groups * 128 + kProducerThreads,
-                    cluster, shape.bytes, seed, [&] { codebook_wgmma_kernel<T, V, kBooks, kN>(p, shape, x); });
+  const TileMap x = {static_cast<const uint16_t*>(p.x), p.x_row_stride, p.words * 4 * V, p.tokens, kN / shape.pair};
+  many_ranges += shape.clusters < shape.items;
+  emulation::launch(shape.clusters * cluster, kind.groups * 128 + kProducerThreads, cluster, shape.bytes, seed,
+                    [&] { codebook_wgmma_kernel<T, V, kBooks, kN>(p, shape, x); });
   return true;
 }
 
-template <typename T, int V, int kShare, bool kApart>
+template <typename T, int V, int kTokens, int kShare, bool kApart>
 bool run_psumbook(Product p, unsigned seed) {
   const int units = (p.words + 7) / 8 * p.num_codebooks / kShare;  // every block has one, as the launcher sees to
   const int cluster = std::min(pick({1, 2, 4}), units), ranges = pick({1, 2, 3}), chunk = V == 16 ? 2 : pick({2, 4});
@@ -105,9 +117,9 @@ bool run_psumbook(Product p, unsigned seed) {
   const int blocks = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range) * cluster;
   emulation::launch(blocks, kPsumbookThreads, cluster, layout.bytes, seed, [&] {
     if (chunk == 2)
-      psumbook_kernel<T, V, 2, kShare, kApart>(p, layout);
+      psumbook_kernel<T, V, kTokens, 2, kShare, kApart>(p, layout);
     else
-      psumbook_kernel<T, V, 4, kShare, kApart>(p, layout);
+      psumbook_kernel<T, V, kTokens, 4, kShare, kApart>(p, layout);
   });
   return true;
 }
@@ -117,17 +129,24 @@ bool run(const Product& p, int kernel, unsigned seed) {
 #if CODEGEMM_HAS_CLUSTERS
   if (kernel < 2 && p.tokens == 1)
     return stage_groups(p) == 8
-               ? p.num_codebooks % 2 ? run_psumbook<T, V, 1, true>(p, seed) : run_psumbook<T, V, 2, true>(p, seed)
-           : p.num_codebooks % 2 ? run_psumbook<T, V, 1, false>(p, seed)
-                                 : run_psumbook<T, V, 2, false>(p, seed);
+               ? p.num_codebooks % 2 ? run_psumbook<T, V, 1, 1, true>(p, seed) : run_psumbook<T, V, 1, 2, true>(p, seed)
+           : p.num_codebooks % 2 ? run_psumbook<T, V, 1, 1, false>(p, seed)
+                                 : run_psumbook<T, V, 1, 2, false>(p, seed);
+  if constexpr (V <= 8) {
+    if (kernel < 2 && p.tokens == 2 && stage_groups(p) < 8)
+      return p.num_codebooks % 2 ? run_psumbook<T, V, 2, 1, false>(p, seed) : run_psumbook<T, V, 2, 2, false>(p, seed);
+  }
 #endif
 #if CODEGEMM_HAS_CLUSTERS
   if constexpr (V <= 8) {
-    if (kernel && fits_wgmma(p, V)) {
+    if ((kernel || p.tokens > 64) && fits_wgmma(p, V)) {
+      if (p.tokens > 64)
+        return p.num_codebooks == 1 ? run_wgmma<T, V, 1, 256>(p, seed) : run_wgmma<T, V, 2, 256>(p, seed);
       return p.num_codebooks == 1 ? run_wgmma<T, V, 1, 32>(p, seed) : run_wgmma<T, V, 2, 32>(p, seed);
     }
   }
 #endif
+  if (p.tokens > 64) return false;
   if (p.tokens > 32) return p.num_codebooks % 2 ? run_gemm<T, V, 4, 2, 1>(p, seed) : run_gemm<T, V, 4, 1, 2>(p, seed);
   if (p.tokens > 16) return p.num_codebooks % 2 ? run_gemm<T, V, 2, 1, 1>(p, seed) : run_gemm<T, V, 2, 2, 2>(p, seed);
   if (p.words_per_group.value % (4 * chunk_loads(V))) return run_mma<T, V, 16, false>(p, seed);
@@ -139,10 +158,11 @@ int check(int number, DType dtype, double bound) {
   Case c;
   c.m = pick({1, 1, 2, 3, 4});
   c.v = pick({4, 8, 16});
-  c.tokens = pick({1, 1, 1, 2, 5, 8, 11, 16, 20, 40});
+  c.tokens = pick({1, 1, 2, 2, 5, 8, 11, 16, 20, 40});
   const int group_words = pick({1, 2, 4, 8, 8}), count = pick({1, 1, 2});
   c.groups = pick({1, 2, 3, 5, 13});
   c.columns = c.groups * group_words * 4 * c.v;
+  if (c.v <= 8 && c.m <= 2 && pick({0, 0, 0, 1})) c.tokens = pick({150, 300});
   const std::vector<T> x = floats<T>(size_t(c.tokens) * c.columns, 0.1f, 1.0f);
   std::vector<Matrix<T>> matrices(count);
   std::vector<Gemm> calls;
@@ -165,6 +185,7 @@ int check(int number, DType dtype, double bound) {
   }
   const Product p = make_product(calls.data(), count);
   const int kernel = pick({0, 0, 1, 2});
+  if (c.v <= 8 && c.tokens > 64) hide_code_255(c, matrices);
   const unsigned plan = generator();
   std::vector<std::vector<T>> first;
   for (int repeat = 0; repeat < 2; ++repeat) {

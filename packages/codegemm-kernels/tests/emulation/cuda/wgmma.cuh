@@ -1,7 +1,8 @@
 // The functions of csrc/cuda/wgmma.cuh for fibers on a CPU. A group of products reads B and writes its sums at once or,
 // at random, as late as it may.
 #pragma once
-#include "ptx.cuh"
+#include "cuda/cluster.cuh"
+#include "cuda/ptx.cuh"
 
 namespace codegemm::cuda {
 
@@ -37,22 +38,42 @@ struct TileMap {
   int64_t stride;
   int columns, rows, tile_rows;
 };
-inline void copy_tile(uint32_t target, const TileMap& x, int column, int row, uint32_t barrier) {
+inline void prefetch_map(const TileMap&) {}
+inline void copy_tile_here(emulation::Block& block, uint32_t target, const TileMap& x, int column, int row,
+                           uint32_t barrier) {
   if (target % 1024) emulation::fail("a misaligned tile");
-  emulation::Barrier* b = &emulation::barrier_at(barrier);
+  const uint32_t rank = uint32_t(block.rank) << 24;
+  emulation::Barrier* b =
+      &block.barriers[reinterpret_cast<const uint64_t*>(emulation::at((barrier & 0xffffff) | rank, 8))];
   emulation::cluster->copies.push_back([=] {
     for (int r = 0; r < x.tile_rows; ++r) {
       for (int c = 0; c < 64; ++c) {
         const bool inside = row + r < x.rows && column + c < x.columns;
         const uint16_t value = inside ? x.matrix[(row + r) * x.stride + column + c] : 0;
-        uint32_t place = target + r * 128 + c * 2;
+        uint32_t place = ((target & 0xffffff) + r * 128 + c * 2) | rank;
         place ^= (place >> 7 & 7) << 4;
         std::memcpy(emulation::at(place, 2), &value, 2);
       }
     }
     b->bytes -= x.tile_rows * 128;
-    if (b->bytes == 0) emulation::complete(*b);
+    emulation::complete(*b);
   });
+}
+inline void copy_tile(uint32_t target, const TileMap& x, int column, int row, uint32_t barrier) {
+  copy_tile_here(*emulation::current->block, target, x, column, row, barrier);
+}
+inline void copy_tile_to_pair(uint32_t target, const TileMap& x, int column, int row, uint32_t barrier) {
+  if (emulation::cluster->size != 2) emulation::fail("a copy to the two blocks of a cluster of another size");
+  for (emulation::Block& block : emulation::cluster->blocks) copy_tile_here(block, target, x, column, row, barrier);
+}
+inline void arrive_if(uint32_t barrier, uint32_t mode) {
+  if (mode == 0) return;
+  if (mode == 1 && barrier >> 24 != uint32_t(emulation::current->block->rank)) emulation::fail("a barrier elsewhere");
+  emulation::Block& block = emulation::cluster->blocks[barrier >> 24];
+  emulation::Barrier& b = block.barriers[reinterpret_cast<const uint64_t*>(emulation::at(barrier, 8))];
+  ++b.arrived;
+  if (b.arrived > b.expected) emulation::fail("more arrivals than the barrier counts");
+  emulation::complete(b);
 }
 
 template <typename T, int kN>
