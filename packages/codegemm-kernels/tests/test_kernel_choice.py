@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegemm_kernels.kernel_choice import fits_hopper_kernel, suits_cuda_kernels
+from codegemm_kernels.kernel_choice import fits_hopper_kernel, suits_cuda_kernels, why_general
 from codegemm_kernels.scheme import CodebookScheme
 
 
@@ -48,3 +48,20 @@ def test_few_rows_always_go_to_kernels() -> None:
     assert suits_cuda_kernels(x[:128], *weight)
     assert not suits_cuda_kernels(x[:129], *weight)
     assert not suits_cuda_kernels(x[:9].float(), *weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "N", "words", "groups", "reason"),
+    [
+        (torch.float16, 4096, 256, 32, None),
+        (torch.bfloat16, 8, 1, 1, None),
+        (torch.float32, 4096, 256, 32, "float32"),
+        (torch.float16, 4100, 256, 32, "the number of rows is no multiple of 8"),
+        (torch.float16, 4096, 256, 512, "a scale group is no whole number of code words"),
+        (torch.float16, 4096, 1 << 16, 1, "a row has 65536 code words or more"),
+    ],
+)
+def test_what_is_left_to_the_general_kernel(
+    dtype: torch.dtype, N: int, words: int, groups: int, reason: str | None
+) -> None:
+    assert why_general(dtype, N, words, groups) == reason

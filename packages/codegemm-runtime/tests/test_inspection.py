@@ -113,7 +113,7 @@ def test_nan_and_inf_are_found_by_reading(make_checkpoint: Callable[..., Any]) -
         ("m2v8g32", torch.bfloat16, True, None),
         ("m2v8g32", torch.float32, True, "float32"),
         ("m1v4g8", torch.float16, False, None),
-        ("m1v4g8", torch.float16, True, "a scale group is no multiple of 16 weights"),
+        ("m1v4g8", torch.float16, True, "a scale group is no whole number of code words"),
     ],
 )
 def test_layers_of_the_general_kernels_are_named(

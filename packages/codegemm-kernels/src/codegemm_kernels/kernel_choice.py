@@ -1,4 +1,4 @@
-"""Whether a GPU multiplies some rows of x by the kernels or by dequantised panels of W: measured, docs/log.md."""
+"""Which kernels a GPU has for a matrix, and when it multiplies by dequantised panels instead: measured, docs/log.md."""
 
 from __future__ import annotations
 
@@ -19,10 +19,24 @@ def suits_cuda_kernels(rows: Tensor, codes: Tensor, codebooks: Tensor, scales: T
 
 
 def fits_hopper_kernel(rows: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> bool:
-    """Whether codebook_wgmma can compute the product: `is_fast` of csrc/cuda/gemm.cu and `fits_wgmma` of its header."""
+    """Whether codebook_wgmma can compute the product: `fits_wgmma` of its headers, with places as `is_fast` asks."""
     (m, _, v), (_, words, N), groups = codebooks.shape, codes.shape, scales.shape[0]
-    if rows.dtype not in (torch.float16, torch.bfloat16) or m > 2 or v > 8 or N % 8 or not 0 < groups <= words < 65536:
+    if m > 2 or v > 8 or why_general(rows.dtype, N, words, groups) is not None:
         return False
     halves = v > 4 or groups == 1 or words // groups % 2 == 0  # half a stage, two words of v = 4, has one scale a row
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (rows, codes, codebooks, scales))
-    return words % groups == 0 and halves and rows.stride(0) % 8 == 0 and aligned
+    return halves and rows.stride(0) % 8 == 0 and aligned
+
+
+def why_general(dtype: torch.dtype, out_features: int, words: int, groups: int) -> str | None:
+    """What of a matrix leaves it to the general kernel, many times slower; None for nothing: `is_fast` of gemm.cu.
+
+    `words` and `groups` are code words and scale groups of a row.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return str(dtype).removeprefix("torch.")
+    if out_features % 8:
+        return "the number of rows is no multiple of 8"
+    if groups < 1 or words % groups:
+        return "a scale group is no whole number of code words"
+    return None if words < 65536 else "a row has 65536 code words or more"

@@ -23,10 +23,9 @@ from codegemm_kernels.checkpoint import (
 )
 from codegemm_kernels.checksums import checksum_problems
 from codegemm_kernels.errors import BadInput
+from codegemm_kernels.kernel_choice import why_general
 from codegemm_kernels.scheme import CODES_PER_WORD, CodebookScheme
 from codegemm_runtime.loading import build_on_meta, model_config, resolve_folder
-
-_FAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,8 @@ def _noting(found: Inspection) -> Iterator[None]:
 
 def _rows(headers: dict[str, TensorHeader], dtype: str | None) -> list[LayerRow]:
     """Rows of the layers whose stored shapes make sense on their own."""
-    rows = []
+    rows, gpu = [], torch.cuda.is_available()
+    run_in = torch.float32 if dtype == "float32" else torch.float16
     for name in quantized_names(headers):
         parts = [headers.get(f"{name}.{part}") for part in PARTS]
         shapes = [part.shape for part in parts if part is not None]
@@ -191,23 +191,9 @@ def _rows(headers: dict[str, TensorHeader], dtype: str | None) -> list[LayerRow]
             scheme.check_matrix(out_features, in_features, name)
         except BadInput:
             continue  # the comparison with the module tree names the fault
-        slow = _why_general(out_features, in_features, scheme, dtype)
+        slow = why_general(run_in, out_features, words, groups) if gpu else None
         rows.append(LayerRow(name, out_features, in_features, scheme, sum(header.nbytes for header in stored), slow))
     return rows
-
-
-def _why_general(out_features: int, in_features: int, scheme: CodebookScheme, dtype: str | None) -> str | None:
-    """What keeps a layer from the fast kernels of this machine's GPU: `is_fast` of csrc/cuda/gemm.cu. CPUs have one."""
-    word = CODES_PER_WORD * scheme.vector_length
-    if not torch.cuda.is_available():
-        return None
-    if dtype == "float32":
-        return "float32"
-    if out_features % _FAST_ROWS:
-        return f"the number of rows is no multiple of {_FAST_ROWS}"
-    if in_features // scheme.num_groups(in_features) % word:
-        return f"a scale group is no multiple of {word} weights"
-    return None
 
 
 def _value_problems(headers: dict[str, TensorHeader]) -> list[str]:
