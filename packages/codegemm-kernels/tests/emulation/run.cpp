@@ -95,12 +95,13 @@ bool run_gemm(Product p, unsigned seed) {
 }
 
 template <typename T, int V, int kBooks, int kN>
-bool run_wgmma(Product p, unsigned seed) {
+bool run_wgmma(const Product& p, unsigned seed) {
   const bool pair = pick({0, 1});
   const int cluster = pair ? 2 : pick({1, 2, 3});
-  const BlockKind kind = {kN == 256 ? 2 : pick({2, 4}), cluster, pair, pick({kN == 256 ? 227 : 90, 227}) * 1024};
-  const WgmmaShape shape = make_wgmma_shape(p, V, kN, kind, pick({1, 2, 1000}));
-  if (shape.stages.each == 0 || shape.slots < 3) return false;
+  const BlockKind kind = {kN == 256 ? 2 : pick({2, 4}), cluster, pair};
+  const int room = pick({kN == 256 ? 227 : 90, 227}) * 1024;
+  const WgmmaShape shape = make_wgmma_shape(p, V, kN, kind, room, pick({1, 2, 1000}));
+  if (shape.shares.each == 0 || shape.slots < 3) return false;
   const TileMap x = {static_cast<const uint16_t*>(p.x), p.x_row_stride, p.words * 4 * V, p.tokens, kN / shape.pair};
   many_ranges += shape.clusters < shape.items;
   emulation::launch(shape.clusters * cluster, kind.groups * 128 + kProducerThreads, cluster, shape.bytes, seed,
