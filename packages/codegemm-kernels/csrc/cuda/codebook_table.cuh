@@ -66,30 +66,6 @@ __device__ __forceinline__ void look_up(uint32_t (&weight)[V / 2], uint32_t code
   }
 }
 
-template <typename T>
-struct Pair;
-template <>
-struct Pair<__half> {
-  using type = __half2;
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-};
-
-template <typename T>
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Pair2 = typename Pair<T>::type;
-  const Pair2 product = __hmul2(*reinterpret_cast<const Pair2*>(&a), *reinterpret_cast<const Pair2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&product);
-}
-template <typename T>
-__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
-  using Pair2 = typename Pair<T>::type;
-  const Pair2 sum = __hadd2(*reinterpret_cast<const Pair2*>(&a), *reinterpret_cast<const Pair2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
-
 // Scale j of four neighbouring 16-bit scales, in both halves of a word.
 __device__ __forceinline__ uint32_t doubled_scale(uint2 scales, int j) {
   return permute_bytes(j < 2 ? scales.x : scales.y, 0, j % 2 ? 0x3232 : 0x1010);

@@ -56,28 +56,24 @@ const char* launch_slice(const Gemm* calls, int count, int64_t token, int64_t ro
   return launch(slice, count, device, stream);
 }
 
-// One token; and two of v >= 8, as twice one in less than half the time each, where a table serves many rows
-// (docs/log.md, "CUDA kernels", ninth version).
-bool prefers_psumbook(const Gemm* calls, int count) {
-  int64_t rows = 0;
-  for (int i = 0; i < count; ++i) rows += calls[i].weight.out_features;
-  return calls[0].rows == 1 ||
-         (calls[0].rows == 2 && calls[0].weight.vector_length >= 8 && rows >= 4 * calls[0].weight.in_features);
-}
+// Tokens for which the psumbook kernel is the fastest (docs/log.md, "CUDA kernels", eleventh version).
+constexpr int64_t kPsumbookTokens = 2;
 
 // Calls that one launch can compute for some tokens at a time.
 const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
-  const bool psumbook = prefers_psumbook(calls, count) && device_limits(device).capability >= 90;
   const int64_t tokens = calls[0].rows;
+  if (tokens <= kPsumbookTokens && device_limits(device).capability >= 90) {
+    const char* error = psumbook_gemm(calls, count, device, stream);
+    if (error != kDoesNotFit) return error;
+  }
   if (tokens > kMmaTokens && device_limits(device).capability == 90) {
     const char* error = codebook_wgmma_gemm(calls, count, device, stream);
     if (error != kDoesNotFit) return error;
   }
   for (int64_t token = 0; token < tokens;) {
-    int64_t rows = psumbook ? 1 : tokens - token < kGemmTokens ? tokens - token : kGemmTokens;
+    int64_t rows = tokens - token < kGemmTokens ? tokens - token : kGemmTokens;
     const char* error = kDoesNotFit;
-    if (psumbook) error = launch_slice(calls, count, token, rows, device, stream, psumbook_gemm);
-    if (!psumbook && rows > kMmaTokens) error = launch_slice(calls, count, token, rows, device, stream, codebook_gemm);
+    if (rows > kMmaTokens) error = launch_slice(calls, count, token, rows, device, stream, codebook_gemm);
     if (error == kDoesNotFit) {
       rows = rows < kMmaTokens ? rows : kMmaTokens;
       error = launch_slice(calls, count, token, rows, device, stream, codebook_mma_gemm);

@@ -2,6 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <set>
+#include <utility>
+
 #include "device.h"
 
 namespace codegemm::cuda {
@@ -16,22 +19,31 @@ struct LaunchConfig {
   bool dependent;  // may start before the previous kernel of the stream has ended (sm_90 and later)
 };
 
-// Raises the kernel's limits, once a device and kernel; returns null or the failure.
+// Raises the kernel's limits to those of the current device, once a kernel and device; null or the failure. Launches
+// take turns (bindings.cpp), so nothing guards what is known here.
 template <typename... Parameters>
-const char* prepare_kernel(void (*kernel)(Parameters...), int shared_bytes, int cluster) {
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+const char* prepare_kernel(void (*kernel)(Parameters...)) {
+  static std::set<std::pair<void (*)(Parameters...), int>> prepared;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return DeviceGuard::describe(status);
+  if (prepared.count({kernel, device})) return nullptr;
+  const DeviceLimits& limits = device_limits(device);
+  status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes - kReservedShared);
   if (status == cudaSuccess)  // several blocks a multiprocessor where they fit
     status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (status == cudaSuccess && cluster > 8)
+  if (status == cudaSuccess && limits.capability >= 90)  // of more than 8 blocks
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) prepared.insert({kernel, device});
   return DeviceGuard::describe(status);
 }
 
 template <typename... Parameters>
 const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config, cudaStream_t stream,
                           const Parameters&... parameters) {
-  if (const char* error = prepare_kernel(kernel, config.shared_bytes, config.cluster)) return error;
+  if (const char* error = prepare_kernel(kernel)) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(config.blocks);
@@ -53,7 +65,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& con
 // Clusters of this size and shared memory that fit on the device at once; 0 if the kernel cannot run.
 template <typename... Parameters>
 int active_clusters(void (*kernel)(Parameters...), const LaunchConfig& config) {
-  if (prepare_kernel(kernel, config.shared_bytes, config.cluster)) return 0;
+  if (prepare_kernel(kernel)) return 0;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(config.cluster), 1, 1};

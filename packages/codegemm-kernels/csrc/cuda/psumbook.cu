@@ -1,5 +1,5 @@
 // Launcher of the psumbook kernel: 2 dtypes x 3 vector lengths x (2 or 4 tables at a time) x (scales shared by two
-// codebooks or not) x (one scale a word of codes or not).
+// codebooks or not) x (one scale a word of codes or not); for two tokens without v = 16 and without a scale a word.
 #include "psumbook.cuh"
 
 #include <algorithm>
@@ -31,10 +31,11 @@ bool choose_layout(PsumbookLayout& layout, const Product& product, int share, in
 
 // The largest cluster that K has work for: the more of the chip shares K, the more rows share a table. Clusters of 16
 // leave 20 of an H200's 132 multiprocessors idle and are still the fastest at every shape measured.
-template <typename T, int V, int kShare, bool kApart>
+template <typename T, int V, int kTokens, int kShare, bool kApart>
 const char* launch(Product product, int device, cudaStream_t stream) {
   constexpr int kMostSlots = V == 16 ? 2 : 4;
-  const auto two = psumbook_kernel<T, V, 2, kShare, kApart>, four = psumbook_kernel<T, V, kMostSlots, kShare, kApart>;
+  const auto two = psumbook_kernel<T, V, kTokens, 2, kShare, kApart>;
+  const auto four = psumbook_kernel<T, V, kTokens, kMostSlots, kShare, kApart>;
   const int units = (product.words + 7) / 8 * product.num_codebooks / kShare;
   int cluster = 2 * kMaxCluster, clusters = 0;
   while (clusters < 1 && cluster > 1) {
@@ -58,9 +59,17 @@ const char* launch_scheme(const Product& product, int device, cudaStream_t strea
   const bool even = product.num_codebooks % 2 == 0;  // pairs of codebooks share a scale
   const int groups = stage_groups(product);  // 8: one a word, so that the two words of a lane have different scales
   if (groups == 0) return kDoesNotFit;
+  if (product.tokens == 2) {
+    if constexpr (V < 16) {
+      if (groups == 8) return kDoesNotFit;
+      return even ? launch<T, V, 2, 2, false>(product, device, stream)
+                  : launch<T, V, 2, 1, false>(product, device, stream);
+    }
+    return kDoesNotFit;
+  }
   if (groups == 8)
-    return even ? launch<T, V, 2, true>(product, device, stream) : launch<T, V, 1, true>(product, device, stream);
-  return even ? launch<T, V, 2, false>(product, device, stream) : launch<T, V, 1, false>(product, device, stream);
+    return even ? launch<T, V, 1, 2, true>(product, device, stream) : launch<T, V, 1, 1, true>(product, device, stream);
+  return even ? launch<T, V, 1, 2, false>(product, device, stream) : launch<T, V, 1, 1, false>(product, device, stream);
 }
 
 template <typename T>

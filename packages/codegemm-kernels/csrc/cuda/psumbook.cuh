@@ -1,6 +1,6 @@
-// One token: y = x Wᵀ through psumbooks (CodeGEMM, NeurIPS 2025, section 3), tables of all 256 partial sums that a
-// code can stand for at one vector position: table[position][e] = dot(codebook[e], x[position]). A weight then costs
-// no arithmetic of its own, only one lookup a code.
+// One or two tokens: y = x Wᵀ through psumbooks (CodeGEMM, NeurIPS 2025, section 3), tables of all 256 partial sums
+// that a code can stand for at one vector position: table[position][e] = dot(codebook[e], x[position]). A weight then
+// costs no arithmetic of its own, only one lookup a code.
 //
 // The table has one position a bank. Entry e of the 32 positions of a block is the 128 bytes at 128 e, position p at
 // bank p, and a warp's lookup always touches 32 different positions: lane 8w + j holds words 2w and 2w+1 (positions
@@ -9,17 +9,20 @@
 // + 4 position, is one dp4a.
 //
 // A slot is one codebook of one block of 32 positions, kSlots of them a chunk, whose tables lie side by side. They are
-// fp32 and filled by the tensor cores (exact products of 16-bit numbers, fp32 sums), so the result differs from exact
-// arithmetic by fp32 rounding and the rounding of y.
+// filled by the tensor cores: exact products of 16-bit numbers, fp32 sums. One token's stay fp32, so the result differs
+// from exact arithmetic by fp32 rounding and the rounding of y. Those of two tokens share a word as fp16, and four of
+// them are added as fp16, two tokens for the price of one: 3.7e-4 besides the rounding of y (2.1e-4), with x multiplied
+// by a power of two a chunk that keeps them in range (psumbook_scale.cuh).
 //
 // Codes and scales arrive through a ring of stages (ring.cuh), each a slot x 512 rows, 32 rows for each of 16 warps.
 //
 // A cluster computes rows_per_range rows; its blocks divide K, each keeps its sums in shared memory, and at the end
 // each sends the others theirs, who add them in the order of the ranks: bit-equal between runs.
 //
-// Cost of 32 lookups: 1 IDP.4A, 1 LDS, 1 FADD, and a sixteenth of: an LDS.128 of codes, half a one of scales.
+// Cost of 32 lookups: 1 IDP.4A, 1 LDS, 1 FADD or HADD2, and a sixteenth of: an LDS.128 of codes, half a one of scales.
 #pragma once
 #include "cuda/cluster.cuh"
+#include "psumbook_scale.cuh"
 #include "psumbook_work.cuh"
 
 namespace codegemm::cuda {
@@ -32,42 +35,47 @@ struct StagePlace {
 
 // Adds to the lane's four rows of a tile of 32 the lookups of one slot, whose codes are in a stage; with kHalf of 16
 // rows: then the lanes of two words share four rows. The scales are in the stage if it has them, else kept in `scale`.
-template <typename T, bool kApart, bool kHalf>
+template <typename T, int kTokens, bool kApart, bool kHalf>
 __device__ __forceinline__ void add_slot(const Lookup& lookup, const StagePlace<kApart>& place, uint32_t stage, int s,
-                                         bool scaled, int half_shift, uint2 (&scale)[kApart ? 2 : 1], float (&sum)[4]) {
+                                         bool scaled, int half_shift, uint2 (&scale)[kApart ? 2 : 1],
+                                         float (&sum)[kTokens][4]) {
   constexpr int kTurns = kHalf ? 1 : 2;
-  float part[2][4];
+  float part[2][kTokens][4];
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     const uint4 code = load_shared<uint4>(place.code[turn] + stage + (kHalf ? half_shift * 4 : 0));
-    part[turn][0] = lookup.sum(code.x, turn, s);
-    part[turn][1] = lookup.sum(code.y, turn, s);
-    part[turn][2] = lookup.sum(code.z, turn, s);
-    part[turn][3] = lookup.sum(code.w, turn, s);
+    lookup.add_up<kTokens>(code.x, turn, s, part[turn], 0);
+    lookup.add_up<kTokens>(code.y, turn, s, part[turn], 1);
+    lookup.add_up<kTokens>(code.z, turn, s, part[turn], 2);
+    lookup.add_up<kTokens>(code.w, turn, s, part[turn], 3);
   }
   if constexpr (!kApart && !kHalf) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part[0][i] += part[1][i];
+    for (int i = 0; i < 4 * kTokens; ++i) part[0][i / 4][i % 4] += part[1][i / 4][i % 4];
   }
 #pragma unroll
   for (int turn = 0; turn < (kApart ? kTurns : 1); ++turn) {
     if (scaled) scale[turn] = load_shared<uint2>(place.scale[turn] + stage + (kHalf ? half_shift * 2 : 0));
     const float2 low = unpack_pair<T>(scale[turn].x), high = unpack_pair<T>(scale[turn].y);
-    sum[0] = fmaf(low.x, part[turn][0], sum[0]);
-    sum[1] = fmaf(low.y, part[turn][1], sum[1]);
-    sum[2] = fmaf(high.x, part[turn][2], sum[2]);
-    sum[3] = fmaf(high.y, part[turn][3], sum[3]);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      sum[t][0] = fmaf(low.x, part[turn][t][0], sum[t][0]);
+      sum[t][1] = fmaf(low.y, part[turn][t][1], sum[t][1]);
+      sum[t][2] = fmaf(high.x, part[turn][t][2], sum[t][2]);
+      sum[t][3] = fmaf(high.y, part[turn][t][3], sum[t][3]);
+    }
   }
 }
 
 // What a warp fills its 16 entries of each table of a chunk from: loaded while the chunk before is multiplied.
-template <typename T, int V, int kSlots, int kShare>
+template <typename T, int V, int kTokens, int kSlots, int kShare>
 struct TableInputs {
   static_assert(kConsumerWarps * 16 == 256);
   Step step;
   bool more = true;
-  PositionFragments<T, V> positions[kSlots / kShare];
+  PositionFragments<T, V> positions[kSlots / kShare][kTokens];
   EntryFragment<T, V> entries[kSlots];
+  uint32_t largest;  // magnitude of an entry, as bits: for two tokens
 
   __device__ __forceinline__ void load_entries(const Product& p, const Share& share, int warp, uint32_t lane) {
     const T* codebooks = static_cast<const T*>(p.segment[step.segment].codebooks);
@@ -86,15 +94,31 @@ struct TableInputs {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       if (s >= slots) break;
-      if (s % kShare == 0) positions[s / kShare].load(static_cast<const T*>(p.x), slot.block, p.words * 4 * V, lane);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+        if (s % kShare == 0)
+          positions[s / kShare][t].load(static_cast<const T*>(p.x) + t * p.x_row_stride, slot.block, p.words * 4 * V,
+                                        lane);
       slot.advance(p);
     }
+  }
+  // Scales x of a chunk for fp16 tables; returns what that of a token takes back. Every warp comes to the same.
+  __device__ __forceinline__ float scale(int slots, int t) {
+    uint32_t seen = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots / kShare; ++i)
+      if (i * kShare < slots) seen = positions[i][t].largest(seen);
+    const int exponent = scale_exponent<T, V>(largest_of_warp(seen), largest);
+    const uint32_t factor = doubled<T>(power_of_two(exponent));
+#pragma unroll
+    for (int i = 0; i < kSlots / kShare; ++i) positions[i][t].multiply(factor);
+    return power_of_two(-exponent);
   }
   __device__ __forceinline__ void fill(unsigned char* tables, int slots, int warp, uint32_t lane) const {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       if (s >= slots) break;
-      fill_table<T, V>(tables + s * kSlotBytes, positions[s / kShare], entries[s], warp, lane);
+      fill_table<T, V, kTokens>(tables + s * kSlotBytes, positions[s / kShare], entries[s], warp, lane);
     }
   }
   __device__ __forceinline__ void advance(const Product& p, const Share& share, int warp, uint32_t lane) {
@@ -106,20 +130,25 @@ struct TableInputs {
   }
 };
 
-// Sends every block of the cluster the sums of the rows that it stores.
-__device__ __forceinline__ void send_sums(const float* sums, float* received, uint32_t barrier, int share, int rows,
-                                          int warp, uint32_t lane) {
-  const uint32_t mine = shared_address(received + cluster_rank() * share);
+// Sends every block of the cluster the sums of the rows that it stores: sums[token][row], a token `pitch` apart, to
+// received[rank][token][row], a token `share` apart.
+template <int kTokens>
+__device__ __forceinline__ void send_sums(const float* sums, int pitch, float* received, uint32_t barrier, int share,
+                                          int rows, int warp, uint32_t lane) {
+  const uint32_t mine = shared_address(received + cluster_rank() * (kTokens * share));
   for (int target = warp; target < cluster_size(); target += kConsumerWarps) {
     const int first = target * share, count = min(share, rows - first);
     const uint32_t there = address_in_rank(mine, target), arrival = address_in_rank(barrier, target);
-    for (int i = int(lane * 4); i < count; i += 128)
-      send_async(there + i * 4, *reinterpret_cast<const float4*>(sums + first + i), arrival);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t)
+      for (int i = int(lane * 4); i < count; i += 128)
+        send_async(there + (t * share + i) * 4, *reinterpret_cast<const float4*>(sums + t * pitch + first + i),
+                   arrival);
   }
 }
 
 // Adds what the blocks of the cluster sent, in rank order, and stores this block's share of the rows.
-template <typename T>
+template <typename T, int kTokens>
 __device__ __forceinline__ void add_and_store(const Product& p, const float* received, uint32_t barrier, int share,
                                               int64_t first, int64_t last) {
   const int size = cluster_size();
@@ -131,11 +160,14 @@ __device__ __forceinline__ void add_and_store(const Product& p, const float* rec
     const float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n]) : 0.0f;
     T* y = static_cast<T*>(segment.y) + n;
     if (size > 1) wait_cluster(barrier, 0);
-    float sum = 0;
 #pragma unroll
-    for (int r = 0; r < kMaxCluster; ++r)
-      if (r < size) sum += received[r * share + i];
-    *y = from_float<T>(sum + bias);
+    for (int t = 0; t < kTokens; ++t) {
+      float sum = 0;
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r)
+        if (r < size) sum += received[(r * kTokens + t) * share + i];
+      y[t * segment.out_features] = from_float<T>(sum + bias);
+    }
   }
 }
 
@@ -160,9 +192,9 @@ __device__ __forceinline__ void produce(const Product& p, const PsumbookLayout& 
 }
 
 // The consumer warps' part: sums of all rows of the share over its slots. `inputs` is at the first chunk.
-template <typename T, int V, int kSlots, int kShare, bool kApart>
+template <typename T, int V, int kTokens, int kSlots, int kShare, bool kApart>
 __device__ __forceinline__ void consume(const Product& p, const PsumbookLayout& layout, const Share& share,
-                                        TableInputs<T, V, kSlots, kShare>& inputs, const Ring& ring,
+                                        TableInputs<T, V, kTokens, kSlots, kShare>& inputs, const Ring& ring,
                                         unsigned char* shared, int warp, uint32_t lane) {
   const Lookup lookup(shared, lane);
   const uint32_t w = lane / 8, j = lane % 8, stages = shared_address(shared + layout.ring);
@@ -184,6 +216,11 @@ __device__ __forceinline__ void consume(const Product& p, const PsumbookLayout& 
     const Step step = inputs.step;
     const int slots = step.slots(share);
     const bool first = step.slot == share.first_slot;
+    float unscale[kTokens];
+    if constexpr (kTokens > 1) {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) unscale[t] = inputs.scale(slots, t);
+    }
     if (begun) consumer_sync(kConsumerWarps * 32);  // every warp has finished with the last tables
     inputs.fill(shared, slots, warp, lane);
     consumer_sync(kConsumerWarps * 32);
@@ -191,7 +228,7 @@ __device__ __forceinline__ void consume(const Product& p, const PsumbookLayout& 
       const int left = step.rows - row;
       const bool half = left <= kStageRows / 2;  // 16 rows a warp, so that twice as many warps have some
       const bool active = warp * (half ? 16 : kWarpRows) < left;
-      float sum[4] = {};
+      float sum[kTokens][4] = {};
       uint2 scale[kApart ? 2 : 1];
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
@@ -200,20 +237,25 @@ __device__ __forceinline__ void consume(const Product& p, const PsumbookLayout& 
         const uint32_t stage = at.stage * layout.stage_bytes;
         if (active) {
           if (half)
-            add_slot<T, kApart, true>(lookup, place, stage, s, s % kShare == 0, half_column - column, scale, sum);
+            add_slot<T, kTokens, kApart, true>(lookup, place, stage, s, s % kShare == 0, half_column - column, scale,
+                                               sum);
           else
-            add_slot<T, kApart, false>(lookup, place, stage, s, s % kShare == 0, 0, scale, sum);
+            add_slot<T, kTokens, kApart, false>(lookup, place, stage, s, s % kShare == 0, 0, scale, sum);
         }
         __syncwarp();
         if (lane == 0) arrive(ring.empty(at.stage));
         at.advance(layout.stages);
       }
       if (active) {
-        float value = reduce_rows(sum, lane);
-        if (half) value += __shfl_xor_sync(~0u, value, 4);
         const int out = half ? half_column : column;
-        float* target = sums + step.offset + row + out;
-        if (out + int(w) < left && !(half && j >= 4)) *target = first ? value : *target + value;
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          float value = reduce_rows(sum[t], lane);
+          if (half) value += __shfl_xor_sync(~0u, value, 4);
+          if constexpr (kTokens > 1) value *= unscale[t];
+          float* target = sums + t * p.rows_per_range + step.offset + row + out;
+          if (out + int(w) < left && !(half && j >= 4)) *target = first ? value : *target + value;
+        }
       }
       if (row == 0) inputs.advance(p, share, warp, lane);
     }
@@ -222,12 +264,13 @@ __device__ __forceinline__ void consume(const Product& p, const PsumbookLayout& 
 
 struct PsumbookBarriers {
   RingBarriers ring;
-  uint64_t received;  // of sums
+  uint64_t received;                 // of sums
+  uint32_t largest[kConsumerWarps];  // magnitude of an entry that each warp has seen
 };
 
 // Grid: clusters x ranges of rows. 16 consumer warps and the producers. Dynamic shared memory: the tables, kSlots x 32
 // KB, and what `layout` says.
-template <typename T, int V, int kSlots, int kShare, bool kApart>
+template <typename T, int V, int kTokens, int kSlots, int kShare, bool kApart>
 __global__ void __launch_bounds__(kPsumbookThreads, 1)
     psumbook_kernel(const __grid_constant__ Product p, const __grid_constant__ PsumbookLayout layout) {
 #if CODEGEMM_HAS_CLUSTERS
@@ -259,21 +302,27 @@ __global__ void __launch_bounds__(kPsumbookThreads, 1)
     produce<T, kSlots, kShare>(p, layout, share, step, ring, psumbook_shared + layout.ring, warp - kConsumerWarps,
                                int(lane));
   } else {
-    TableInputs<T, V, kSlots, kShare> inputs;
+    TableInputs<T, V, kTokens, kSlots, kShare> inputs;
     inputs.step = step;
     inputs.load_entries(p, share, warp, lane);
+    if constexpr (kTokens > 1) {
+      const uint32_t largest = largest_of_warp(largest_entry<V>(p));
+      if (lane == 0) barriers.largest[warp] = largest;
+    }
     __syncthreads();
     cluster_arrive();
     allow_next_kernel();
     wait_for_previous_kernel();  // codes and codebooks are weights: only x needs the wait
     inputs.load_positions(p, share, lane);
-    consume<T, V, kSlots, kShare, kApart>(p, layout, share, inputs, ring, psumbook_shared, warp, lane);
+    if constexpr (kTokens > 1) inputs.largest = largest_in_warp(barriers.largest[lane % kConsumerWarps]);
+    consume<T, V, kTokens, kSlots, kShare, kApart>(p, layout, share, inputs, ring, psumbook_shared, warp, lane);
   }
   const int range_rows = int(share.last - share.first);
   const float* sums = reinterpret_cast<const float*>(psumbook_shared + layout.sums);
   float* received = reinterpret_cast<float*>(psumbook_shared + layout.received);
   if (threadIdx.x == kPsumbookThreads - 32)
-    expect_bytes(arrival, max(0, min(layout.share_rows, range_rows - rank * layout.share_rows)) * cluster_size() * 4);
+    expect_bytes(arrival, max(0, min(layout.share_rows, range_rows - rank * layout.share_rows)) *
+                              (cluster_size() * kTokens * 4));
   __syncthreads();
   if (cluster_size() > 1) {  // st.async in a launch without clusters is an illegal instruction
     cluster_wait();          // all blocks have begun: their barriers are there
@@ -281,9 +330,10 @@ __global__ void __launch_bounds__(kPsumbookThreads, 1)
       cluster_arrive();
       cluster_wait();  // and, now, nobody needs the tables
     }
-    if (warp < kConsumerWarps) send_sums(sums, received, arrival, layout.share_rows, range_rows, warp, lane);
+    if (warp < kConsumerWarps)
+      send_sums<kTokens>(sums, p.rows_per_range, received, arrival, layout.share_rows, range_rows, warp, lane);
   }
-  add_and_store<T>(p, received, arrival, layout.share_rows, share.first, share.last);
+  add_and_store<T, kTokens>(p, received, arrival, layout.share_rows, share.first, share.last);
 #endif
 }
 

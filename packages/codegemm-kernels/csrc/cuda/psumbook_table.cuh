@@ -23,6 +23,16 @@ struct PositionFragments {
       word[i] = index < inputs ? load_fresh(x + index) : 0;
     }
   }
+  // The largest magnitudes so far, as the bits of 16-bit numbers: infinities and NaN are above all others.
+  __device__ __forceinline__ uint32_t largest(uint32_t seen) const {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) seen = larger_pair(seen, word[i] & 0x7fff7fff);
+    return seen;
+  }
+  __device__ __forceinline__ void multiply(uint32_t factor) {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) word[i] = multiply_pairs<T>(word[i], factor);
+  }
 };
 
 // Entries 16 * entry_tile .. +15 of a codebook: rows g and g+8, elements 2c, 2c+1 (of 4: modulo 4) and from there 8
@@ -42,8 +52,8 @@ struct EntryFragment {
 // Fills entries 16 * entry_tile .. +15 of one slot. Lane 4g + c receives two positions of a tile of 8, for entries g
 // and g+8. Lanes of equal c have the same banks, so each stores its tiles in another order: product s gives row g tile
 // (s + g) % 4, because all other tiles meet zeros in its A operand.
-template <typename T, int V>
-__device__ __forceinline__ void fill_table(unsigned char* slot, const PositionFragments<T, V>& positions,
+template <typename T, int V, int kTokens>
+__device__ __forceinline__ void fill_table(unsigned char* slot, const PositionFragments<T, V> (&x)[kTokens],
                                            const EntryFragment<T, V>& entries, int entry_tile, uint32_t lane) {
   const uint32_t g = lane / 4, c = lane % 4;
   uint32_t masked[4][EntryFragment<T, V>::kWords];
@@ -55,17 +65,24 @@ __device__ __forceinline__ void fill_table(unsigned char* slot, const PositionFr
   unsigned char* row = slot + (entry_tile * 16 + g) * 128 + c * 8;
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
-    float sum[4] = {};
+    float sum[kTokens][4] = {};
 #pragma unroll
     for (int q = 0; q < V / 4; ++q) {
       const int low = V == 4 ? s : V == 8 ? s - 2 * q : s - q, high = V == 4 ? s - 2 : V == 8 ? low - 1 : low;
       const int i = V == 16 ? 2 : 0;
       const uint32_t a[4] = {masked[low & 3][0], masked[low & 3][1], masked[high & 3][i], masked[high & 3][i + 1]};
-      mma_k16<T>(sum, a, positions.word[2 * q], positions.word[2 * q + 1]);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) mma_k16<T>(sum[t], a, x[t].word[2 * q], x[t].word[2 * q + 1]);
     }
     unsigned char* place = row + (s + g) % 4 * 32;
-    *reinterpret_cast<float2*>(place) = make_float2(sum[0], sum[1]);
-    *reinterpret_cast<float2*>(place + 8 * 128) = make_float2(sum[2], sum[3]);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2, place += 8 * 128) {
+      if constexpr (kTokens == 1)
+        *reinterpret_cast<float2*>(place) = make_float2(sum[0][i], sum[0][i + 1]);
+      else
+        *reinterpret_cast<uint2*>(place) =
+            make_uint2(pack_halves(sum[0][i], sum[1][i]), pack_halves(sum[0][i + 1], sum[1][i + 1]));
+    }
   }
 }
 
@@ -89,13 +106,22 @@ struct Lookup {
     }
   }
 
-  // The sum of the lookups of one row's word in a slot.
-  __device__ __forceinline__ float sum(uint32_t word, int turn, int slot) const {
-    float value[4];
+  // sum[token][row]: of the lookups of that row's word in a slot. Those of two tokens are added as fp16, both at once.
+  template <int kTokens>
+  __device__ __forceinline__ void add_up(uint32_t word, int turn, int slot, float (&sum)[kTokens][4], int row) const {
+    uint32_t value[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r)
-      value[r] = load_shared<float>(row_address(word, selector[r], position[turn][r]) + slot * kSlotBytes);
-    return (value[0] + value[1]) + (value[2] + value[3]);
+      value[r] = load_shared<uint32_t>(row_address(word, selector[r], position[turn][r]) + slot * kSlotBytes);
+    if constexpr (kTokens == 1) {
+      sum[0][row] = (__uint_as_float(value[0]) + __uint_as_float(value[1])) +
+                    (__uint_as_float(value[2]) + __uint_as_float(value[3]));
+    } else {
+      const float2 both = unpack_pair<__half>(
+          add_pairs<__half>(add_pairs<__half>(value[0], value[1]), add_pairs<__half>(value[2], value[3])));
+      sum[0][row] = both.x;
+      sum[1][row] = both.y;
+    }
   }
 };
 

@@ -136,9 +136,9 @@ inline PsumbookLayout make_psumbook_layout(const Product& p, int share, int clus
   layout.stage_bytes = kStageCodes + layout.stage_groups * kStageRows * 2;
   layout.ring = chunk * kSlotBytes;
   layout.sums = layout.ring + stages * layout.stage_bytes;
-  const int own = layout.sums, sent = own + p.rows_per_range * 4;  // a block alone sends nothing
+  const int own = layout.sums, sent = own + p.tokens * p.rows_per_range * 4;  // a block alone sends nothing
   layout.received = cluster == 1 ? own : late ? 0 : sent;
-  layout.bytes = sent + (cluster == 1 || late ? 0 : cluster * layout.share_rows * 4);
+  layout.bytes = sent + (cluster == 1 || late ? 0 : p.tokens * cluster * layout.share_rows * 4);
   return layout;
 }
 

@@ -278,6 +278,10 @@ __device__ __forceinline__ constexpr uint32_t row_selector(uint32_t byte) { retu
 // Hides where a value comes from, so that the compiler keeps it instead of computing it again in a loop.
 __device__ __forceinline__ void keep(uint32_t& value) { asm("" : "+r"(value)); }
 
+// The larger of each of the two 16-bit integers of a word; the largest of a warp.
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+__device__ __forceinline__ uint32_t largest_in_warp(uint32_t value) { return __reduce_max_sync(~0u, value); }
+
 // What lies at a shared-memory address.
 template <typename T>
 __device__ __forceinline__ T load_shared(uint32_t address) {

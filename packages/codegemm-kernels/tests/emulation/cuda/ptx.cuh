@@ -52,6 +52,11 @@ inline float __uint_as_float(uint32_t word) {
   std::memcpy(&value, &word, 4);
   return value;
 }
+inline uint32_t __float_as_uint(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return word;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 namespace codegemm::cuda {
@@ -233,6 +238,14 @@ void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply<T, 2>(d, words);
 }
 
+inline uint32_t larger_pair(uint32_t a, uint32_t b) {
+  return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
+}
+inline uint32_t largest_in_warp(uint32_t value) {
+  const auto lanes = emulation::meet("largest_in_warp", &value, 1);
+  for (int lane = 0; lane < 32; ++lane) value = max(value, lanes[lane][0]);
+  return value;
+}
 template <typename T>
 void mma_k16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
   const uint32_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
