@@ -56,6 +56,17 @@ if torch.cuda.is_available():
             for result, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
                 assert torch.equal(result, expected)
 
+    def test_codes_of_an_earlier_launch_are_not_looked_up(make_weight):
+        """They may lie in shared memory where a K that 64 does not divide has none."""
+        x = torch.randn(300, 128, dtype=torch.float16, device="cuda")
+        codes, codebooks, scales = make_weight("m2v8g32", 256, 128, torch.float16, "cuda")
+        ops.gemm(x, torch.full_like(codes, -1), codebooks, scales)  # code 255 everywhere
+        x = x[:, :96].contiguous()
+        codes, codebooks, scales = make_weight("m2v8g32", 256, 96, torch.float16, "cuda")
+        codes, codebooks = codes & ~0x01010101, codebooks.clone()  # no code 255
+        codebooks[:, 255] = torch.inf
+        assert reference.gemm_error(ops.gemm(x, codes, codebooks, scales), x, codes, codebooks, scales) < 2e-3
+
     def test_tensors_on_two_devices_are_refused(make_weight):
         weight = make_weight("m2v8g32", 10, 64, torch.float32)
         with pytest.raises(BadInput, match="move"):
