@@ -52,8 +52,10 @@ class Planner {
     if constexpr (kN == 256) {
       consider({2, 2, true});
     } else {
-      for (int groups = 2; groups <= 4; groups += 2)
-        for (int cluster = 1; cluster <= kMostBlocks; ++cluster) consider({groups, cluster, false});
+      for (int cluster = 1; cluster <= kMostBlocks; ++cluster) {
+        consider({2, cluster, false});
+        consider({4, cluster, false});
+      }
     }
     return best_;
   }
@@ -106,24 +108,75 @@ const char* launch(const Product& product, const WgmmaPlan& plan, cudaStream_t s
   return launch_kernel(codebook_wgmma_kernel<T, V, kBooks, kN>, config, stream, product, shape, x);
 }
 
-// The better of two numbers of tokens a block.
-template <typename T, int V, int kBooks, int kFew, int kMany>
-const char* launch_better(const Product& product, int device, cudaStream_t stream) {
-  const WgmmaPlan& few = plan_of<T, V, kBooks, kFew>(product, device);
-  const WgmmaPlan& many = plan_of<T, V, kBooks, kMany>(product, device);
-  if (many.kind.groups > 0 && (few.kind.groups == 0 || many.us < few.us))
-    return launch<T, V, kBooks, kMany>(product, many, stream);
-  return launch<T, V, kBooks, kFew>(product, few, stream);
+// The best single launch: its tokens a block, 0 if there is none, and what it takes.
+template <typename T, int V, int kBooks>
+struct Choice {
+  int tokens_a_block = 0;
+  double us = 1e30;
+
+  Choice(const Product& product, int device) {
+    if (product.tokens <= 32) {
+      consider<32>(product, device);
+    } else {
+      if (product.tokens <= 128) consider<64>(product, device);
+      if (product.tokens > 64) consider<128>(product, device);
+      if (product.tokens > 128) consider<256>(product, device);
+    }
+  }
+  template <int kN>
+  void consider(const Product& product, int device) {
+    const WgmmaPlan& plan = plan_of<T, V, kBooks, kN>(product, device);
+    if (plan.kind.groups == 0 || plan.us >= us) return;
+    us = plan.us;
+    tokens_a_block = kN;
+  }
+};
+
+// Tokens [first, first + count) of a product.
+template <typename T>
+Product slice(Product product, int first, int count) {
+  product.tokens = count;
+  product.x = static_cast<const T*>(product.x) + first * product.x_row_stride;
+  for (Segment& segment : product.segment) segment.y = static_cast<T*>(segment.y) + first * segment.out_features;
+  return product;
 }
 
 template <typename T, int V, int kBooks>
+const char* launch_once(const Product& product, int tokens_a_block, int device, cudaStream_t stream) {
+  switch (tokens_a_block) {
+    case 32:
+      return launch<T, V, kBooks, 32>(product, plan_of<T, V, kBooks, 32>(product, device), stream);
+    case 64:
+      return launch<T, V, kBooks, 64>(product, plan_of<T, V, kBooks, 64>(product, device), stream);
+    case 128:
+      return launch<T, V, kBooks, 128>(product, plan_of<T, V, kBooks, 128>(product, device), stream);
+    case 256:
+      return launch<T, V, kBooks, 256>(product, plan_of<T, V, kBooks, 256>(product, device), stream);
+  }
+  return kDoesNotFit;
+}
+
+// In one launch, or in two where that is 4 % quicker: tokens that fill tiles, and the rest. 384 tokens of 28672 x 4096,
+// m2v8: 172 us, by three tiles of 128 189; 640 tokens 275 and 307.
+template <typename T, int V, int kBooks>
 const char* launch_tokens(const Product& product, int device, cudaStream_t stream) {
-  if (product.tokens <= 32)
-    return launch<T, V, kBooks, 32>(product, plan_of<T, V, kBooks, 32>(product, device), stream);
-  if (product.tokens <= 64)
-    return launch<T, V, kBooks, 64>(product, plan_of<T, V, kBooks, 64>(product, device), stream);
-  if (product.tokens <= 128) return launch_better<T, V, kBooks, 64, 128>(product, device, stream);
-  return launch_better<T, V, kBooks, 128, 256>(product, device, stream);
+  const auto best = [&](const Product& part) { return Choice<T, V, kBooks>(part, device); };
+  const auto whole = best(product);
+  int head = 0;
+  double us = 0.96 * whole.us;
+  for (const int tile : {128, 256, 512}) {
+    const int first = (product.tokens - 1) / tile * tile;
+    if (first == 0 || (tile == 128 && first > tile)) continue;
+    const double both =
+        best(slice<T>(product, 0, first)).us + best(slice<T>(product, first, product.tokens - first)).us;
+    if (both >= us) continue;
+    us = both;
+    head = first;
+  }
+  if (head == 0) return launch_once<T, V, kBooks>(product, whole.tokens_a_block, device, stream);
+  const Product first = slice<T>(product, 0, head), rest = slice<T>(product, head, product.tokens - head);
+  const char* error = launch_once<T, V, kBooks>(first, best(first).tokens_a_block, device, stream);
+  return error ? error : launch_once<T, V, kBooks>(rest, best(rest).tokens_a_block, device, stream);
 }
 
 template <typename T>
