@@ -1,5 +1,6 @@
 // Random shapes, schemes, strides and offsets through the public API against the exact product in fp64. Needs nvcc and
-// a GPU only; compute-sanitizer runs over it too (give it a small count):
+// a GPU only; compute-sanitizer runs over it too (give it a small count, "small" for smaller shapes, and perhaps a
+// number of tokens that all cases are to have):
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -Icsrc benchmarks/check.cu csrc/cuda/*.cu -o check &&
 //   ./check 300
 #include <cmath>
@@ -41,10 +42,12 @@ struct Output {
 
 struct Case {
   int m, v, g, rows, columns, tokens, offset, count;
+  int poisoned;   // a token whose x has an infinity; -1: none
+  float balance;  // x is so much larger, entries are so much smaller
   bool bias;
 };
 
-Case random_case(bool small) {
+Case random_case(bool small, int tokens) {
   Case c;
   c.m = pick({1, 1, 2, 2, 3, 4});
   c.v = pick({4, 8, 16});
@@ -53,11 +56,38 @@ Case random_case(bool small) {
   c.columns = unit * (1 + generator() % (small ? 600 / unit + 2 : 9000 / unit + 2));
   c.rows = pick({1, 3, 8, 16, 24, 31, 64, 100, 1000, 1001, 1028, 4096});
   if (small) c.rows = std::min(c.rows, 100);
-  c.tokens = pick({1, 1, 1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 70, 130, 300, 700});
+  c.tokens = pick({1, 1, 1, 2, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 70, 130, 300, 700});
   c.offset = pick({0, 0, 0, 1});
   c.count = pick({1, 1, 2, 3});
   c.bias = pick({0, 1});
+  if (tokens) c.tokens = tokens;
+  c.poisoned = pick({0, 0, 1}) ? int(generator() % c.tokens) : -1;
+  // Weights of 1e-5 are denormal fp16 numbers, which kernels that multiply entries by scales first may round.
+  c.balance = std::ldexp(1.0f, c.tokens <= 2 ? pick({0, 0, 10, -10}) : pick({0, 0, -10}));
   return c;
+}
+
+// Of all tokens but one; of that one every result must be an infinity or a NaN.
+template <typename T>
+bench::Errors errors_beside(Gemm call, int poisoned) {
+  if (poisoned < 0) return bench::compare<T>(call);
+  bench::Errors worst = {0, 0};
+  const int64_t columns = call.weight.out_features, tokens = call.rows;
+  T* const result = static_cast<T*>(call.y);
+  std::vector<T> y(columns);
+  bench::require(cudaMemcpy(y.data(), result + poisoned * columns, columns * sizeof(T), cudaMemcpyDeviceToHost), "y");
+  for (const T& value : y)
+    if (std::isfinite(float(value))) worst.largest = INFINITY;
+  for (const int64_t first : {int64_t(0), int64_t(poisoned + 1)}) {
+    call.rows = first ? tokens - first : poisoned;
+    if (call.rows == 0) continue;
+    Gemm part = call;
+    part.x = static_cast<const T*>(call.x) + first * call.x_row_stride;
+    part.y = result + first * columns;
+    const bench::Errors error = bench::compare<T>(part);
+    worst = {std::max(worst.norm, error.norm), std::max(worst.largest, error.largest)};
+  }
+  return worst;
 }
 
 template <typename T>
@@ -65,7 +95,12 @@ bool check_products(const Case& c, DType dtype, double bound) {
   const int64_t groups = c.g < 0 ? 1 : c.columns / c.g, stride = c.columns + (c.offset ? 3 : 8);
   const size_t entries = size_t(c.m) * 256 * c.v;
   Buffer<T> x(c.tokens * stride + 1);
-  bench::fill_floats<<<64, 256>>>(x.data, x.count, generator(), 0.1f, 1.0f);
+  bench::fill_floats<<<64, 256>>>(x.data, x.count, generator(), 0.1f * c.balance, c.balance);
+  if (c.poisoned >= 0) {
+    const T infinity = T(INFINITY);
+    T* place = x.data + c.offset + c.poisoned * stride + generator() % c.columns;
+    bench::require(cudaMemcpy(place, &infinity, sizeof(T), cudaMemcpyHostToDevice), "infinity");
+  }
   std::vector<std::unique_ptr<Buffer<uint32_t>>> codes;
   std::vector<std::unique_ptr<Buffer<T>>> floats;
   std::vector<std::unique_ptr<Output<T>>> first, second;
@@ -80,7 +115,7 @@ bool check_products(const Case& c, DType dtype, double bound) {
     codes.push_back(std::make_unique<Buffer<uint32_t>>(size_t(c.m) * c.columns / (4 * c.v) * rows + 1));
     bench::fill_words<<<64, 256>>>(codes.back()->data, codes.back()->count, generator());
     const Weight weight = {codes.back()->data + c.offset,
-                           real(entries, 0.0f, 0.5f),
+                           real(entries, 0.0f, 0.5f / c.balance),
                            real(groups * rows, 0.02f, 0.005f),
                            c.m,
                            c.v,
@@ -105,7 +140,7 @@ bool check_products(const Case& c, DType dtype, double bound) {
   cudaStreamDestroy(stream);
   bool good = true;
   for (int i = 0; i < c.count; ++i) {
-    const bench::Errors error = bench::compare<T>(calls[i]);
+    const bench::Errors error = errors_beside<T>(calls[i], c.poisoned);
     const std::vector<T> a = first[i]->host(), b = second[i]->host();
     const bool repeats = !std::memcmp(a.data(), b.data(), a.size() * sizeof(T));
     if (error.largest <= bound && repeats && first[i]->guards_intact(a)) continue;
@@ -153,10 +188,11 @@ bool check_dequantize(Case c, DType dtype, double bound) {
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
-  const bool small = argc > 2;
+  const bool small = argc > 2 && !std::strcmp(argv[2], "small");
+  const int tokens = argc > 3 ? std::atoi(argv[3]) : 0;
   int failures = 0;
   for (int i = 0; i < cases; ++i) {
-    const Case c = random_case(small);
+    const Case c = random_case(small, tokens);
     bool good;
     switch (generator() % 5) {  // bounds: rounding of y and of scale*weight, in units of sum |w||x|
       case 0:

@@ -64,7 +64,7 @@ void report(FILE* out, const Problem& q, const char* kernel, const std::string& 
 
 template <int V, int kSlots, int kShare>
 void time_psumbook(FILE* out, const Data& d, const Problem& q, double stream_us) {
-  const auto kernel = psumbook_kernel<T, V, kSlots, kShare, false>;
+  const auto kernel = psumbook_kernel<T, V, 1, kSlots, kShare, false>;
   for (int cluster : clusters_tried) {
     for (int stages : stages_tried) {
       Gemm call = make_call(d, q, 0);

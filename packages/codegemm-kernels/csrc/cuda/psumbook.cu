@@ -10,7 +10,7 @@
 namespace codegemm::cuda {
 namespace {
 
-constexpr int64_t kMostRows = 8192;  // of a range: 32 KB of sums
+constexpr int kMostRows = 8192;  // of a range: 32 KB of sums
 
 // Four tables at a time where a block has more than two slots and the ring keeps 4 stages beside them, else two; sums
 // received in a place of their own unless that leaves less than 6 stages.
@@ -43,13 +43,13 @@ const char* launch(Product product, int device, cudaStream_t stream) {
     if (units >= cluster) clusters = resident_clusters(two, kPsumbookThreads, device, cluster);
   }
   if (clusters < 1) return kDoesNotFit;
-  const int64_t even = ceil_div(ceil_div(product.total_rows, clusters), kWarpRows) * kWarpRows;
-  product.rows_per_range = int(std::min(even, kMostRows));
+  const bool apart = divide_rows(product, clusters, kMostRows);
   PsumbookLayout layout;
   const bool many = kMostSlots == 4 && ceil_div(units, cluster) * kShare > 2;
   if (!choose_layout(layout, product, kShare, cluster, many, device_limits(device).shared_bytes - kReservedShared))
     return kDoesNotFit;
-  const int ranges = int(ceil_div(product.total_rows, product.rows_per_range));
+  layout.ranges = make_ranges(product, apart);
+  const int ranges = layout.ranges.first[layout.ranges.parts];
   return launch_kernel(layout.chunk == 4 ? four : two,
                        {ranges * cluster, kPsumbookThreads, layout.bytes, cluster, true}, stream, product, layout);
 }

@@ -287,8 +287,7 @@ __global__ void __launch_bounds__(kPsumbookThreads, 1)
     fence_barriers();
   }
   Share share;
-  share.first = int64_t(cluster_index()) * p.rows_per_range;
-  share.last = min(share.first + p.rows_per_range, p.total_rows);
+  layout.ranges.find(p, cluster_index(), share);
   share.first_slot = layout.units.first(rank) * kShare;
   share.last_slot = layout.units.first(rank + 1) * kShare;
   share.chunk = layout.chunk;

@@ -112,10 +112,11 @@ bool run_wgmma(const Product& p, unsigned seed) {
 template <typename T, int V, int kTokens, int kShare, bool kApart>
 bool run_psumbook(Product p, unsigned seed) {
   const int units = (p.words + 7) / 8 * p.num_codebooks / kShare;  // every block has one, as the launcher sees to
-  const int cluster = std::min(pick({1, 2, 4}), units), ranges = pick({1, 2, 3}), chunk = V == 16 ? 2 : pick({2, 4});
-  p.rows_per_range = int((p.total_rows + ranges - 1) / ranges + 31) / 32 * 32;
-  const PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, chunk, pick({2, 3}), pick({0, 1}));
-  const int blocks = int((p.total_rows + p.rows_per_range - 1) / p.rows_per_range) * cluster;
+  const int cluster = std::min(pick({1, 2, 4}), units), chunk = V == 16 ? 2 : pick({2, 4});
+  const bool apart = divide_rows(p, pick({1, 2, 3}), pick({64, 8192}));
+  PsumbookLayout layout = make_psumbook_layout(p, kShare, cluster, chunk, pick({2, 3}), pick({0, 1}));
+  layout.ranges = make_ranges(p, apart);
+  const int blocks = layout.ranges.first[layout.ranges.parts] * cluster;
   emulation::launch(blocks, kPsumbookThreads, cluster, layout.bytes, seed, [&] {
     if (chunk == 2)
       psumbook_kernel<T, V, kTokens, 2, kShare, kApart>(p, layout);
