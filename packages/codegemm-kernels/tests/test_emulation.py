@@ -38,5 +38,5 @@ def test_emulated_kernels_are_exact(tmp_path: Path, clusters: int) -> None:
     flags = ["-std=c++17", "-O0", "-fno-strict-aliasing", f"-DCODEGEMM_HAS_CLUSTERS={clusters}"]
     includes = [f"-I{HERE}", f"-I{CSRC}", f"-isystem{HEADERS}"]
     subprocess.run([str(COMPILER), *flags, *includes, str(HERE / "run.cpp"), "-o", str(program)], check=True)
-    result = subprocess.run([str(program), "10", "3"], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run([str(program), "12", "8"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

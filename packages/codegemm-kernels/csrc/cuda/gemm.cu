@@ -56,13 +56,18 @@ const char* launch_slice(const Gemm* calls, int count, int64_t token, int64_t ro
   return launch(slice, count, device, stream);
 }
 
-// Tokens for which the psumbook kernel is the fastest (docs/log.md, "CUDA kernels", eleventh version).
-constexpr int64_t kPsumbookTokens = 2;
+// One token, and two unless few rows would share the tables of short vectors (docs/log.md, "CUDA kernels", eleventh
+// version).
+bool prefers_psumbook(const Gemm* calls, int count) {
+  int64_t rows = 0;
+  for (int i = 0; i < count; ++i) rows += calls[i].weight.out_features;
+  return calls[0].rows == 1 || (calls[0].rows == 2 && (calls[0].weight.vector_length > 4 || rows > 4096));
+}
 
 // Calls that one launch can compute for some tokens at a time.
 const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t stream) {
   const int64_t tokens = calls[0].rows;
-  if (tokens <= kPsumbookTokens && device_limits(device).capability >= 90) {
+  if (prefers_psumbook(calls, count) && device_limits(device).capability >= 90) {
     const char* error = psumbook_gemm(calls, count, device, stream);
     if (error != kDoesNotFit) return error;
   }
@@ -74,6 +79,8 @@ const char* fast_gemm(const Gemm* calls, int count, int device, cudaStream_t str
     int64_t rows = tokens - token < kGemmTokens ? tokens - token : kGemmTokens;
     const char* error = kDoesNotFit;
     if (rows > kMmaTokens) error = launch_slice(calls, count, token, rows, device, stream, codebook_gemm);
+    if (error == kDoesNotFit && rows <= kMmaTokens)
+      error = launch_slice(calls, count, token, rows, device, stream, codebook_flow_gemm);
     if (error == kDoesNotFit) {
       rows = rows < kMmaTokens ? rows : kMmaTokens;
       error = launch_slice(calls, count, token, rows, device, stream, codebook_mma_gemm);

@@ -16,9 +16,11 @@ const char* general_gemm(const Gemm& call, cudaStream_t stream);
 
 // The fast families: fp16 and bf16, out_features a multiple of 4, groups of whole code words, aligned tensors; `count`
 // calls (1 to 4) with the same x, rows, m, v, G, K and dtype in one launch.
-// psumbook.cu: one token, sm_90 and later. codebook_mma.cu: up to kMmaTokens. codebook_gemm.cu: up to kGemmTokens.
+// psumbook.cu: one or two tokens, sm_90 and later. codebook_flow.cu: up to 8, sm_90 and later, where x of a block's K
+// fits into registers. codebook_mma.cu: up to kMmaTokens. codebook_gemm.cu: up to kGemmTokens.
 // codebook_wgmma.cu: any number; v of 4 or 8, at most two codebooks, capability 9.0.
 const char* psumbook_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);
+const char* codebook_flow_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);
 const char* codebook_mma_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);
 const char* codebook_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);
 const char* codebook_wgmma_gemm(const Gemm* calls, int count, int device, cudaStream_t stream);

@@ -288,22 +288,15 @@ __device__ __forceinline__ T load_shared(uint32_t address) {
   return *static_cast<const T*>(__cvta_shared_to_generic(address));
 }
 
-// d += a b for a 16 x 8 and 8 x 8 (k = 8), or 16 x 16 and 16 x 8 (k = 16) tile; fp16 or bf16 in, fp32 sums.
-template <typename T>
-__device__ __forceinline__ void mma_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0);
-template <>
-__device__ __forceinline__ void mma_k8<__half>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b0));
-}
-template <>
-__device__ __forceinline__ void mma_k8<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b0));
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8i + r names row r of matrix i, 16 bytes; lane 4g + c
+// receives elements 2c and 2c + 1 of row g of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&matrix)[4], uint32_t address) {
+  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+      : "r"(address));
 }
 
+// d += a b for a 16 x 16 and 16 x 8 tile; fp16 or bf16 in, fp32 sums.
 template <typename T>
 __device__ __forceinline__ void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

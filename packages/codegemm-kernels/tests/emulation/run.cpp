@@ -1,6 +1,7 @@
 // Random products by the fast CUDA kernels, emulated on the CPU, against fp64. Arguments: number of cases, seed.
 #include "cuda/ptx.cuh"  // before the kernels: it defines what they take from CUDA
 
+#include "cuda/codebook_flow.cuh"
 #include "cuda/codebook_gemm.cuh"
 #include "cuda/codebook_mma.cuh"
 #include "cuda/codebook_wgmma.cuh"
@@ -84,6 +85,18 @@ bool run_mma(Product p, unsigned seed) {
   return true;
 }
 
+template <typename T, int V>
+bool run_flow(Product p, unsigned seed) {
+  const int cluster = pick({1, 2, 4});
+  FlowShape shape;
+  if (!make_flow_shape(shape, p, V, cluster, pick({1, 2}), pick({150, 227, 400}) * 1024)) return false;
+  shape.section_tiles = std::min(shape.section_tiles, pick({1, 2, 1000}));
+  many_ranges += shape.first_tile[kMaxSegments] > shape.clusters;
+  emulation::launch(shape.clusters * cluster, kFlowWarps * 32, cluster, shape.bytes, seed,
+                    [&] { codebook_flow_kernel<T, V>(p, shape); });
+  return true;
+}
+
 template <typename T, int V, int kTiles, int kStrips, int kBooks>
 bool run_gemm(Product p, unsigned seed) {
   const int cluster = CODEGEMM_HAS_CLUSTERS ? pick({1, 2, 3, 4}) : 1;
@@ -138,6 +151,8 @@ bool run(const Product& p, int kernel, unsigned seed) {
     if (kernel < 2 && p.tokens == 2 && stage_groups(p) < 8)
       return p.num_codebooks % 2 ? run_psumbook<T, V, 2, 1, false>(p, seed) : run_psumbook<T, V, 2, 2, false>(p, seed);
   }
+  if (kernel == 3 && p.tokens <= kFlowTokens && p.words_per_group.value % unit_words(V) == 0)
+    return run_flow<T, V>(p, seed);
 #endif
 #if CODEGEMM_HAS_CLUSTERS
   if constexpr (V <= 8) {
@@ -186,7 +201,7 @@ int check(int number, DType dtype, double bound) {
          c.tokens});
   }
   const Product p = make_product(calls.data(), count);
-  const int kernel = pick({0, 0, 1, 2});
+  const int kernel = pick({0, 1, 2, 3});
   if (c.v <= 8 && c.tokens > 64) hide_code_255(c, matrices);
   const unsigned plan = generator();
   std::vector<std::vector<T>> first;

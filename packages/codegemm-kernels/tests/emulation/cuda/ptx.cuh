@@ -203,6 +203,12 @@ T load_shared(uint32_t address) {
   return value;
 }
 
+inline void load_matrices(uint32_t (&matrix)[4], uint32_t address) {
+  const auto lanes = emulation::meet("load_matrices", &address, 1);
+  const int lane = emulation::current->index % 32;
+  for (int i = 0; i < 4; ++i) std::memcpy(&matrix[i], emulation::at(lanes[8 * i + lane / 4][0], 16) + lane % 4 * 4, 4);
+}
+
 template <typename T>
 float half_of(uint32_t word, int i) {
   T value;
@@ -211,31 +217,26 @@ float half_of(uint32_t word, int i) {
   return float(value);
 }
 
-// m16n8: operands as the PTX manual lays them out over lane = 4g + c, for k = 8 or 16.
-template <typename T, int kSteps>
+// m16n8k16: operands as the PTX manual lays them out over lane = 4g + c.
+template <typename T>
 void multiply(float (&d)[4], const uint32_t* words) {
-  const auto lanes = emulation::meet(kSteps == 1 ? "mma k8" : "mma k16", words, 3 * kSteps);
+  const auto lanes = emulation::meet("mma k16", words, 6);
   const int lane = emulation::current->index % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     float sum = d[i];
-    for (int k = 0; k < 8 * kSteps; ++k) {
+    for (int k = 0; k < 16; ++k) {
       const int c = k % 8 / 2, half = k / 8;
-      const uint32_t a = lanes[row % 8 * 4 + c][half * 2 + row / 8], b = lanes[column * 4 + c][2 * kSteps + half];
+      const uint32_t a = lanes[row % 8 * 4 + c][half * 2 + row / 8], b = lanes[column * 4 + c][4 + half];
       sum += half_of<T>(a, k % 2) * half_of<T>(b, k % 2);
     }
     d[i] = sum;
   }
 }
 template <typename T>
-void mma_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  const uint32_t words[3] = {a0, a1, b0};
-  multiply<T, 1>(d, words);
-}
-template <typename T>
 void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  multiply<T, 2>(d, words);
+  multiply<T>(d, words);
 }
 
 inline uint32_t larger_pair(uint32_t a, uint32_t b) {
@@ -249,7 +250,7 @@ inline uint32_t largest_in_warp(uint32_t value) {
 template <typename T>
 void mma_k16(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
   const uint32_t words[6] = {a.x, a.y, a.z, a.w, b0, b1};
-  multiply<T, 2>(d, words);
+  multiply<T>(d, words);
 }
 template <typename T>
 void mma_k16_first(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
