@@ -17,9 +17,8 @@ struct FlowPlan {
 // within 4 % on average, and the plan chosen is the fastest or within 2 % of it at 16 shapes.
 double predicted_us(const FlowPlan& plan, const Product& p) {
   const FlowShape& shape = plan.shape;
-  const int64_t tiles = ceil_div(shape.first_tile[kMaxSegments], shape.clusters);  // of a block
-  const double units = shape.units.first(1), sections = double(ceil_div(tiles, shape.section_tiles));
-  return 1.2 + tiles * (0.041 * units * p.num_codebooks + 0.61) + sections * (plan.cluster > 1 ? 1.1 : 0.3) +
+  const double units = shape.units.first(1), sections = double(ceil_div(shape.tiles, shape.section_tiles));
+  return 1.2 + shape.tiles * (0.041 * units * p.num_codebooks + 0.61) + sections * (plan.cluster > 1 ? 1.1 : 0.3) +
          0.08 * units;
 }
 
@@ -53,8 +52,8 @@ const char* launch(const Product& product, int device, cudaStream_t stream) {
     return kDoesNotFit;
   const FlowPlan& plan = known.find(PlanKey(product, device), [&] { return best_plan(product, V, kernel, device); });
   if (plan.cluster == 0) return kDoesNotFit;
-  const LaunchConfig config = {plan.shape.clusters * plan.cluster, kFlowWarps * 32, plan.shape.bytes, plan.cluster,
-                               true};
+  const LaunchConfig config = {plan.shape.first_cluster[kMaxSegments] * plan.cluster, kFlowWarps * 32, plan.shape.bytes,
+                               plan.cluster, true};
   return launch_kernel(kernel, config, stream, product, plan.shape);
 }
 

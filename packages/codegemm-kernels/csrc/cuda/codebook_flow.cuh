@@ -193,10 +193,10 @@ template <typename T>
 __device__ __forceinline__ void finish_section(const Product& p, const FlowShape& shape, const TileWalk& begin,
                                                int tiles, unsigned char* shared, int warp, int lane) {
   const Segment& segment = p.segment[begin.segment];
-  const int jobs = tiles * 2, size = cluster_size(), quad = lane % 8 * 4, first_row = begin.row(shape) + quad;
+  const int jobs = tiles * 2, size = cluster_size(), quad = lane % 8 * 4, first_row = begin.row + quad;
   float* sums = reinterpret_cast<float*>(shared + shape.sums);
   for (int job = warp; job < jobs; job += kFlowWarps) {
-    const int tile = job / 2, token = job % 2 * 4 + lane / 8, row = first_row + tile * shape.clusters * kFlowRows;
+    const int tile = job / 2, token = job % 2 * 4 + lane / 8, row = first_row + tile * begin.step;
     const int place = token * kFlowPitch + quad;
     const float* from =
         reinterpret_cast<const float*>(shared + shape.partial) + tile * (kFlowWarps * kFlowSums) + place;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void finish_section(const Product& p, const FlowShape
   if (size == 1) return;
   cluster_sync();
   for (int job = cluster_rank() + warp * size; job < jobs; job += kFlowWarps * size) {
-    const int tile = job / 2, token = job % 2 * 4 + lane / 8, row = first_row + tile * shape.clusters * kFlowRows;
+    const int tile = job / 2, token = job % 2 * 4 + lane / 8, row = first_row + tile * begin.step;
     const uint32_t place = shared_address(sums + tile * kFlowSums + token * kFlowPitch + quad);
     if (token < p.tokens && row < segment.out_features)
       store_rows<T>(segment, token, row, sum_over_cluster<float4>(place, size));
@@ -225,42 +225,36 @@ __global__ void __launch_bounds__(kFlowWarps * 32, 1)
 #if CODEGEMM_HAS_CLUSTERS
   CODEGEMM_DYNAMIC_SHARED(flow_shared);
   const int lane = threadIdx.x % 32, warp = warp_index(), rank = cluster_rank(), g = lane / 4, c = lane % 4;
-  TileWalk walk(shape);
+  TileWalk walk(p, shape);
+  const T* codebooks = static_cast<const T*>(p.segment[walk.segment].codebooks);
   TablePieces<T, V> pieces;
-  pieces.load(static_cast<const T*>(p.segment[walk.segment].codebooks));
+  pieces.load(codebooks);
   const int slice = shape.units.first(rank), slice_units = shape.units.first(rank + 1) - slice;
   const Shares shares = {slice_units / kFlowWarps, slice_units % kFlowWarps};
   const WarpShare share = {slice + shares.first(warp), shares.first(warp + 1) - shares.first(warp)};
   const uint32_t ring = shared_address(flow_shared + shape.ring) + warp * (kFlowSlots * turn_bytes(V));
-  FlowFeed<T, V> feed(p, shape, share, ring, lane);
+  FlowFeed<T, V> feed(p, walk, share, ring, lane);
   uint32_t table = shared_address(flow_shared) + (V == 4 ? lane * 4 : lane % 8 * 16);
   uint32_t source = ring + (V == 4 ? c * 128 + (g ^ (2 * c)) * 16 : lane / 16 * 128 + lane % 16 * 8);
   keep(table);
   keep(source);
   allow_next_kernel();
 
-  KeptX<T, V> x;
-  for (int filled = -1; walk.more();) {
-    if (walk.segment != filled) {
-      const T* codebooks = static_cast<const T*>(p.segment[walk.segment].codebooks);
-      if (filled >= 0) pieces.load(codebooks);
-      pieces.store(flow_shared);
+  pieces.store(flow_shared);
 #pragma unroll 1
-      for (int i = 1; i < p.num_codebooks; ++i) {
-        pieces.load(codebooks + i * (256 * V));
-        pieces.store(flow_shared + i * (table_planes(V) * kTableBytes));
-      }
-      if (filled < 0) {
-        wait_for_previous_kernel();  // codes, scales and codebooks are weights: only x needs the wait
-        x.load(p, share, lane);
-      }
-      filled = walk.segment;
-      __syncthreads();
-    }
+  for (int i = 1; i < p.num_codebooks; ++i) {
+    pieces.load(codebooks + i * (256 * V));
+    pieces.store(flow_shared + i * (table_planes(V) * kTableBytes));
+  }
+  wait_for_previous_kernel();  // codes, scales and codebooks are weights: only x needs the wait
+  KeptX<T, V> x;
+  x.load(p, share, lane);
+  __syncthreads();
+  while (walk.more()) {
     const TileWalk begin = walk;
     float* place = reinterpret_cast<float*>(flow_shared + shape.partial) + warp * kFlowSums;
     int tiles = 0;
-    for (; tiles < shape.section_tiles && walk.segment == filled; walk.advance(shape), ++tiles) {
+    for (; tiles < shape.section_tiles && walk.more(); walk.advance(), ++tiles) {
       RowSums<T, V> total;
 #pragma unroll
       for (int unit = 0; unit < KeptX<T, V>::kUnits; ++unit) {
@@ -279,7 +273,7 @@ __global__ void __launch_bounds__(kFlowWarps * 32, 1)
     }
     __syncthreads();
     finish_section<T>(p, shape, begin, tiles, flow_shared, warp, lane);
-    __syncthreads();  // nobody overwrites sums or tables that are still to be used
+    __syncthreads();  // nobody overwrites sums that are still to be used
   }
   wait_copies<0>();
 #endif

@@ -6,26 +6,19 @@
 
 namespace codegemm::cuda {
 
-// The tiles of a cluster: tile, tile + clusters, ...; `end` is the first of the next segment.
+// The rows of a cluster, a tile at a time: the clusters of a segment take turns.
 struct TileWalk {
-  int tile, end, segment = -1;
+  int segment = 0, row, step, rows;  // rows of the segment
 
-  __device__ __forceinline__ explicit TileWalk(const FlowShape& shape) : tile(cluster_index()) { find(shape); }
-  __device__ __forceinline__ void find(const FlowShape& shape) {
-    do end = ++segment < kMaxSegments ? shape.first_tile[segment + 1] : 0x7fffffff;
-    while (tile >= end);
+  __device__ __forceinline__ TileWalk(const Product& p, const FlowShape& shape) {
+    const int cluster = cluster_index();
+    while (cluster >= shape.first_cluster[segment + 1]) ++segment;
+    row = (cluster - shape.first_cluster[segment]) * kFlowRows;
+    step = (shape.first_cluster[segment + 1] - shape.first_cluster[segment]) * kFlowRows;
+    rows = int(p.segment[segment].out_features);
   }
-  __device__ __forceinline__ bool more() const { return segment < kMaxSegments; }
-  // True if the next tile is one of another segment, or none.
-  __device__ __forceinline__ bool advance(const FlowShape& shape) {
-    tile += shape.clusters;
-    if (tile < end) return false;
-    find(shape);
-    return true;
-  }
-  __device__ __forceinline__ int row(const FlowShape& shape) const {
-    return (tile - shape.first_tile[segment]) * kFlowRows;
-  }
+  __device__ __forceinline__ bool more() const { return row < rows; }
+  __device__ __forceinline__ void advance() { row += step; }
 };
 
 // What a warp multiplies of every tile: units of K.
@@ -43,32 +36,24 @@ template <typename T, int V>
 struct FlowFeed {
   static constexpr int kLoads = unit_words(V) / 4, kCodes = kLoads * 512, kSlot = turn_bytes(V);
   const Product& p;
-  const FlowShape& shape;
   WarpShare share;
-  uint32_t ring, target;               // addresses: the ring, and where a lane puts its first codes
-  TileWalk next;                       // to be asked for
-  const uint32_t* codes = nullptr;     // what the lane copies next
-  int n = 0, row = 0, words_left = 0;  // rows of the segment; the lane's row; words from its own on
+  uint32_t ring, target;   // addresses: the ring, and where a lane puts its first codes
+  TileWalk next;           // to be asked for
+  const uint32_t* codes;   // what the lane copies next
+  int n, row, words_left;  // rows of the segment; the lane's row; words from its own on
   int unit = 0, codebook = 0, slot = 0;
 
-  __device__ __forceinline__ FlowFeed(const Product& product, const FlowShape& of, const WarpShare& mine,
+  __device__ __forceinline__ FlowFeed(const Product& product, const TileWalk& walk, const WarpShare& mine,
                                       uint32_t address, int lane)
-      : p(product), shape(of), share(mine), ring(address), next(of) {
+      : p(product), share(mine), ring(address), next(walk), n(walk.rows) {
     target = ring + lane / 8 * 128 + (V == 4 ? lane % 8 ^ lane / 8 * 2 : lane % 8) * 16;
-    if (share.units == 0) next.segment = kMaxSegments;
-    find(lane);
+    if (share.units == 0) next.row = n;
+    const int word = share.first * unit_words(V) + lane / 8;
+    row = walk.row + lane % 8 * 4;
+    words_left = p.words - word;
+    codes = p.segment[walk.segment].codes + int64_t(word) * n + row;
 #pragma unroll 1
     for (int i = 0; i < kFlowSlots - 1; ++i) ask(i, lane);
-  }
-
-  __device__ __forceinline__ void find(int lane) {
-    if (!next.more()) return;
-    const Segment& s = p.segment[next.segment];
-    const int word = share.first * unit_words(V) + lane / 8;
-    n = int(s.out_features);
-    row = next.row(shape) + lane % 8 * 4;
-    words_left = p.words - word;
-    codes = s.codes + int64_t(word) * n + row;
   }
 
   __device__ __forceinline__ void ask(int into, int lane) {
@@ -81,12 +66,12 @@ struct FlowFeed {
         copy_16_or_zero(ring + into * kSlot + kCodes + lane * 16,
                         static_cast<const T*>(p.segment[next.segment].scales) + int64_t(n) * group + from, from < n);
       }
-      advance(lane);
+      advance();
     }
     commit_copies();
   }
 
-  __device__ __forceinline__ void advance(int lane) {
+  __device__ __forceinline__ void advance() {
     if (++codebook < p.num_codebooks) {
       codes += int64_t(n) * p.words;
       return;
@@ -97,9 +82,9 @@ struct FlowFeed {
     if (++unit < share.units) return;
     unit = 0;
     words_left += share.units * unit_words(V);
-    row += shape.clusters * kFlowRows;
-    codes += shape.clusters * kFlowRows - int64_t(n) * (share.units * unit_words(V));
-    if (next.advance(shape)) find(lane);
+    row += next.step;
+    codes += next.step - int64_t(n) * (share.units * unit_words(V));
+    next.advance();
   }
 
   // Waits for the next turn and asks for another; returns the offset of its slot.

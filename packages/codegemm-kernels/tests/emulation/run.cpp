@@ -89,10 +89,10 @@ template <typename T, int V>
 bool run_flow(Product p, unsigned seed) {
   const int cluster = pick({1, 2, 4});
   FlowShape shape;
-  if (!make_flow_shape(shape, p, V, cluster, pick({1, 2}), pick({150, 227, 400}) * 1024)) return false;
+  if (!make_flow_shape(shape, p, V, cluster, p.segments * pick({1, 2}), pick({150, 227, 400}) * 1024)) return false;
   shape.section_tiles = std::min(shape.section_tiles, pick({1, 2, 1000}));
-  many_ranges += shape.first_tile[kMaxSegments] > shape.clusters;
-  emulation::launch(shape.clusters * cluster, kFlowWarps * 32, cluster, shape.bytes, seed,
+  many_ranges += shape.tiles > 1;
+  emulation::launch(shape.first_cluster[kMaxSegments] * cluster, kFlowWarps * 32, cluster, shape.bytes, seed,
                     [&] { codebook_flow_kernel<T, V>(p, shape); });
   return true;
 }
