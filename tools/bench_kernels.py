@@ -118,8 +118,11 @@ def finish(config: Bench, result: dict[str, Any]) -> dict[str, Any]:
     config.json.write_text(json.dumps({"torch": torch.__version__} | result, indent=1) + "\n")
     from bench import kernel_chart
 
-    draw = kernel_chart.draw_ratios if config.device == "cpu" else kernel_chart.draw
-    draw(result["rows"], config.json.with_suffix(".png"))
+    path = config.json.with_suffix(".png")
+    if config.device == "cpu":
+        kernel_chart.draw_ratios(result["rows"], path)
+    else:
+        kernel_chart.draw(result["rows"], result["read_rate"], path)
     return {"rows": result["rows"]}
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Achieved bandwidth of codes and scales over bytes, one line a scheme and batch, with the memory's ceiling."""
+def draw(rows: list[dict[str, Any]], read_rate: float, path: Path) -> None:
+    """Roofline: operations a second over operations a byte of weights, both axes logarithmic.
+
+    A product's bytes are those of its codes and scales, a dense one's its 16-bit weights. The roof is what the run
+    measured: reading at `read_rate` bytes a second, and its fastest product.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,24 +23,35 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         zip(batches, pyplot.get_cmap("viridis")([i / len(batches) for i in range(len(batches))]), strict=True)
     )
     markers = dict(zip(schemes, "osv^Dx+*" * len(schemes), strict=False))
-    for scheme, batch in sorted({(row["scheme"], row["batch"]) for row in rows}):
-        line = sorted(
-            (row["floor_us"], row["floor_us"] / row["us"])
-            for row in rows
-            if (row["scheme"], row["batch"]) == (scheme, batch)
-        )
-        style = {"color": colours[batch], "marker": markers[scheme], "label": f"{scheme}, batch {batch}"}
-        axes.plot([x for x, _ in line], [y for _, y in line], linewidth=1, **style)
-    streams = sorted({(row["floor_us"], row["floor_us"] / row["stream_us"]) for row in rows if row["stream_us"]})
-    if streams:
-        axes.plot([x for x, _ in streams], [y for _, y in streams], "k--", label="reading the codes only")
-    axes.axhline(1, color="grey")
+    points = []
+    for row in rows:
+        work, colour = 2e6 * row["batch"] * _elements(row["shape"]), colours[row["batch"]]
+        points.append((work / (row["floor_us"] * read_rate), work / row["us"]))
+        axes.plot(*points[-1], marker=markers[row["scheme"]], color=colour, markersize=5, linestyle="")
+        if row["dense_us"]:
+            points.append((row["batch"], work / row["dense_us"]))
+            axes.plot(*points[-1], marker="_", color=colour, markersize=8, linestyle="")
+    first, last, fastest = min(x for x, _ in points) / 2, 2 * max(x for x, _ in points), max(y for _, y in points)
+    axes.plot([first, fastest / read_rate], [first * read_rate, fastest], color="grey", linewidth=1)
+    axes.plot([fastest / read_rate, max(last, 2 * fastest / read_rate)], [fastest, fastest], color="grey", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("bytes of codes and scales, in microseconds at read speed")
-    axes.set_ylabel("share of read speed reached")
-    axes.set_ylim(0, 1.05)
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte of weights")
+    axes.set_ylabel("operations a second")
+    for scheme in schemes:
+        axes.plot([], [], marker=markers[scheme], color="k", linestyle="", label=scheme)
+    if any(row["dense_us"] for row in rows):
+        axes.plot([], [], marker="_", color="k", linestyle="", markersize=8, label="torch, dense")
+    for batch in batches:
+        axes.plot([], [], color=colours[batch], linewidth=4, label=f"rows of x: {batch}")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _elements(shape: str) -> int:
+    """N K of a shape written N x K, or N+N+N x K."""
+    rows, columns = shape.split("x")
+    return sum(map(int, rows.split("+"))) * int(columns)
 
 
 def draw_ratios(rows: list[dict[str, Any]], path: Path) -> None:
