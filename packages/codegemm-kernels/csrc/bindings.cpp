@@ -226,8 +226,7 @@ void add_step(py::module_& m) {
 }
 
 #ifdef CODEGEMM_WITH_CUDA
-// A launch first sets how much shared memory its kernel may take. That belongs to the kernel, so a launch of the same
-// kernel on another thread must not come between.
+// The first launch of a kernel raises its limits and notes that it has (prepare_kernel): one thread at a time.
 std::unique_lock<std::mutex> turn_to_launch() {
   static std::mutex mutex;
   return std::unique_lock<std::mutex>(mutex);

@@ -1,5 +1,6 @@
-// What the two tensor-core kernels share: the codebook in shared memory, copied until no lookup has a bank conflict;
-// lookups that are B operands of mma.m16n8k16 as they come; x laid out as the A operands that go with them.
+// What the kernels with codebooks in shared memory share: the codebook in shared memory, copied until no lookup has a
+// bank conflict; lookups that are B operands of mma.m16n8k16 as they come; x laid out as the A operands that go with
+// them.
 //
 // The copies of an entry are the 128 bytes at 128 e of its codebook's table of 32 KB:
 //

@@ -34,8 +34,8 @@ const char* prepare_kernel(void (*kernel)(Parameters...)) {
   if (status == cudaSuccess)  // several blocks a multiprocessor where they fit
     status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (status == cudaSuccess && limits.capability >= 90)  // of more than 8 blocks
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (limits.capability >= 90)  // more than 8 blocks: where that is refused, no such cluster is resident
+    DeviceGuard::describe(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   if (status == cudaSuccess) prepared.insert({kernel, device});
   return DeviceGuard::describe(status);
 }

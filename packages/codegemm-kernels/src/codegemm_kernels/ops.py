@@ -330,7 +330,9 @@ torch.library.register_fake("codegemm::dequantize", _dequantize_fake, lib=_LIBRA
 torch.library.register_fake("codegemm::gemm_grouped", _gemm_grouped_fake, lib=_LIBRARY)
 
 gemm = torch.ops.codegemm.gemm.default
-"""`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]: one dtype throughout, sums in fp32."""
+"""`x @ W.T + bias` for x [..., K] and a stored matrix W [N, K]: one dtype throughout, sums in fp32.
+
+On a GPU, weights may be read before the kernel in front of this one has ended: make x after them."""
 gemm_grouped = torch.ops.codegemm.gemm_grouped.default
 """`gemm` of one x with several matrices (q, k and v; gate and up), each with its own codebooks: one launch on a GPU."""
 dequantize = torch.ops.codegemm.dequantize.default
